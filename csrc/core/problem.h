@@ -54,6 +54,8 @@ struct Shape {
   int32_t head_dim;    // of q and k
   int32_t head_dim_v;  // of v and out
   DType dtype;         // of q, out and every gradient
+  int64_t rows_q;      // rows that q holds over all batch entries: batch * seqlen_q, or total_q
+  int64_t rows_k;      // rows that k holds; paged: the most that the block table can address
 
   // The K/V head that query head h reads.
   FAL_HOST_DEVICE int32_t kv_head(int32_t h) const { return h / (heads_q / heads_k); }
