@@ -1,0 +1,161 @@
+#include "engines.h"
+
+#include <dlfcn.h>
+
+#include "../cpu/engine.h"
+#include "../cuda/engine.h"
+
+namespace fal::torch_binding {
+namespace {
+
+struct Row {
+  Engine engine;
+  const char* name;
+};
+// In order of preference.
+constexpr Row kEngines[] = {
+    {Engine::kCpu, "cpu"}, {Engine::kCudaFlash2, "flash2"}, {Engine::kCudaFlash1, "flash1"}};
+
+#ifdef FAL_WITH_CUDA
+cuda::Algorithm algorithm(Engine engine) {
+  return engine == Engine::kCudaFlash1 ? cuda::Algorithm::kFlash1 : cuda::Algorithm::kFlash2;
+}
+
+void* current_stream(int32_t device) {
+  using Function = int32_t (*)(int32_t, void**);
+  static const Function function = []() -> Function {
+    if (aoti_torch_get_current_cuda_stream) return &aoti_torch_get_current_cuda_stream;
+    // A torch whose libtorch.so does not name libtorch_cuda.so: it is loaded all the same.
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream")
+                                              : nullptr);
+  }();
+  FAL_CHECK(function, "flashattn_lite: q is a CUDA tensor but this PyTorch has no CUDA support");
+  void* stream = nullptr;
+  FAL_TORCH(function(device, &stream));
+  return stream;
+}
+
+template <class Bytes, class Launch>
+void run_cuda(const Tensor& q, Bytes&& workspace_bytes, Launch&& launch) {
+  DeviceGuard guard(q.device_index());
+  const Tensor workspace = empty_on(q, {workspace_bytes()}, aoti_torch_dtype_int8());
+  const int error = launch(workspace.data(), current_stream(q.device_index()));
+  FAL_CHECK(error == 0, "flashattn_lite: CUDA error ", error, ": ", cuda::error_string(error));
+}
+#endif
+
+// Null when the engine can run it.
+template <class OnCpu, class OnCuda>
+const char* reason_against(Engine engine, const Tensor& q, OnCpu&& on_cpu, OnCuda&& on_cuda) {
+  if (engine == Engine::kCpu) return q.is_cpu() ? on_cpu() : "q is a CUDA tensor";
+  if (!q.is_cuda()) return "q is not a CUDA tensor";
+#ifdef FAL_WITH_CUDA
+  const int capability = cuda::device_capability(q.device_index());
+  if (capability < 0) return "the device's compute capability cannot be asked";
+  return on_cuda(algorithm(engine), capability);
+#else
+  (void)on_cuda;
+  return "this build has no CUDA kernels (install with nvcc on PATH, or FAL_CUDA=1)";
+#endif
+}
+
+template <class OnCpu, class OnCuda>
+Engine choose(const char* op, const std::string& backend, const Tensor& q, OnCpu&& on_cpu,
+              OnCuda&& on_cuda) {
+  bool known = backend == "auto";
+  std::string reasons;
+  for (const Row& row : kEngines) {
+    known = known || backend == row.name;
+    if (backend != "auto" && backend != row.name) continue;
+    const char* reason = reason_against(row.engine, q, on_cpu, on_cuda);
+    if (!reason) return row.engine;
+  }
+  if (!known) fail(op, ": backend is '", backend, "'; it must be auto, cpu, flash1 or flash2");
+  for (const Row& row : kEngines) {
+    const char* reason = reason_against(row.engine, q, on_cpu, on_cuda);
+    reasons += std::string("\n  ") + row.name + ": " + (reason ? reason : "can run this call");
+  }
+  if (backend == "auto") fail(op, ": no engine can run this call:", reasons);
+  fail(op, ": backend '", backend, "' cannot run this call:", reasons);
+}
+
+cpu::ThreadPool torch_threads() {
+  uint32_t threads = 1;
+  FAL_TORCH(torch_get_num_threads(&threads));
+  const auto run = [](void*, int workers, void (*body)(void*, int), void* arg) {
+    struct Job {
+      void (*body)(void*, int);
+      void* arg;
+    } job{body, arg};
+    FAL_TORCH(torch_parallel_for(
+        0, workers, 1,
+        [](int64_t begin, int64_t end, void* ctx) {
+          const Job& job = *static_cast<const Job*>(ctx);
+          for (int64_t w = begin; w < end; ++w) job.body(job.arg, static_cast<int>(w));
+        },
+        &job));
+  };
+  return {static_cast<int>(threads), nullptr, run};
+}
+
+}  // namespace
+
+Engine choose_forward(const char* op, const std::string& backend, const Tensor& q,
+                      const ForwardProblem& problem) {
+  return choose(
+      op, backend, q, [&] { return cpu::supports_forward(problem); },
+      [&](cuda::Algorithm a, int capability) {
+        return cuda::supports_forward(a, problem, capability);
+      });
+}
+
+Engine choose_backward(const char* op, const std::string& backend, const Tensor& q,
+                       const BackwardProblem& problem) {
+  return choose(
+      op, backend, q, [&] { return cpu::supports_backward(problem); },
+      [&](cuda::Algorithm a, int capability) {
+        return cuda::supports_backward(a, problem, capability);
+      });
+}
+
+void run_forward(Engine engine, const Tensor& q, const ForwardProblem& problem) {
+  if (engine == Engine::kCpu) return cpu::forward(problem, torch_threads());
+#ifdef FAL_WITH_CUDA
+  run_cuda(
+      q, [&] { return cuda::forward_workspace_bytes(algorithm(engine), problem); },
+      [&](void* w, void* stream) { return cuda::forward(algorithm(engine), problem, w, stream); });
+#else
+  (void)q;
+#endif
+}
+
+void run_backward(Engine engine, const Tensor& q, const BackwardProblem& problem) {
+  if (engine == Engine::kCpu) return cpu::backward(problem, torch_threads());
+#ifdef FAL_WITH_CUDA
+  run_cuda(
+      q, [&] { return cuda::backward_workspace_bytes(algorithm(engine), problem); },
+      [&](void* w, void* stream) { return cuda::backward(algorithm(engine), problem, w, stream); });
+#else
+  (void)q;
+#endif
+}
+
+std::string build_info() {
+  std::string text = "{\"cpu\": {\"isas\": [";
+  for (const char* const* isa = cpu::available_isas(); *isa; ++isa) {
+    text += std::string(isa == cpu::available_isas() ? "\"" : ", \"") + *isa + "\"";
+  }
+  text += std::string("], \"active\": \"") + cpu::active_isa() + "\"}, \"cuda\": ";
+#ifdef FAL_WITH_CUDA
+  text += std::string("{\"architectures\": \"") + cuda::compiled_architectures() + "\"}";
+#else
+  text += "null";
+#endif
+  text += ", \"engines\": [";
+  for (const Row& row : kEngines)
+    text += std::string(&row == kEngines ? "\"" : ", \"") + row.name + "\"";
+  return text + "]}";
+}
+
+}  // namespace fal::torch_binding

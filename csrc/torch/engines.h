@@ -1,0 +1,23 @@
+// The engine table: who can run a problem, and who does.
+#pragma once
+
+#include "arguments.h"
+
+namespace fal::torch_binding {
+
+enum class Engine { kCpu, kCudaFlash1, kCudaFlash2 };
+
+// The engine that `backend` asks for ("auto", "cpu", "flash1", "flash2"), or raises: the message
+// lists every engine with its reason.
+Engine choose_forward(const char* op, const std::string& backend, const Tensor& q,
+                      const ForwardProblem& problem);
+Engine choose_backward(const char* op, const std::string& backend, const Tensor& q,
+                       const BackwardProblem& problem);
+
+void run_forward(Engine engine, const Tensor& q, const ForwardProblem& problem);
+void run_backward(Engine engine, const Tensor& q, const BackwardProblem& problem);
+
+// JSON: what was compiled, and what this process can use of it.
+std::string build_info();
+
+}  // namespace fal::torch_binding
