@@ -38,16 +38,18 @@ struct Window {
 };
 
 struct Band {
-  // Lengths are at most 2^30 (checked where tensors enter), so sums of two of them fit 32 bits.
+  // Lengths are at most 2^30 (checked where tensors enter). With sides below the lengths, every sum
+  // below then fits 32 bits.
   static constexpr int32_t kMaxLength = 1 << 30;
 
   int32_t seqlen_q, seqlen_k;
-  int32_t left, right;  // Window::kUnbounded, or clamped to seqlen_q + seqlen_k at most
+  int32_t left, right;  // Window::kUnbounded, or left < seqlen_k and right < seqlen_q
 
   FAL_HOST_DEVICE static Band make(int32_t seqlen_q, int32_t seqlen_k, Window window) {
-    const int32_t reach = seqlen_q + seqlen_k;  // a side this long hides nothing
-    return {seqlen_q, seqlen_k, window.left >= reach ? Window::kUnbounded : window.left,
-            window.right >= reach ? Window::kUnbounded : window.right};
+    // The last row sees to the left of key seqlen_k - 1, the first row to the right of key
+    // seqlen_k - seqlen_q: sides this long hide nothing.
+    return {seqlen_q, seqlen_k, window.left >= seqlen_k ? Window::kUnbounded : window.left,
+            window.right >= seqlen_q ? Window::kUnbounded : window.right};
   }
 
   FAL_HOST_DEVICE int32_t shift() const { return seqlen_k - seqlen_q; }
