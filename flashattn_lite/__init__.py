@@ -1,0 +1,34 @@
+"""Exact attention for CPU and GPU: FlashAttention kernels with a drop-in Python API.
+
+from flashattn_lite import flash_attn_func          # flash_attn 2.8's functions
+from flashattn_lite import attention                # the same kernels with every option
+"""
+
+from flashattn_lite._ops import ArgumentError
+from flashattn_lite._version import __version__
+from flashattn_lite.attention import attention
+from flashattn_lite.flash_attn_interface import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from flashattn_lite.inspection import attention_weights
+from flashattn_lite.merge import flash_attn_combine, merge_attention_states
+
+__all__ = [
+    "ArgumentError",
+    "__version__",
+    "attention",
+    "attention_weights",
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "merge_attention_states",
+]

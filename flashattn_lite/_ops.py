@@ -1,0 +1,110 @@
+"""The native library: loading it, saying clearly why it cannot be loaded, and its operators' fakes.
+
+The operators do the checking (csrc/torch/arguments.cpp): one place knows every rule that protects
+memory. What they raise begins with the operator's name; ``argument_error`` puts the public
+function's name there instead.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TORCH_FLOOR = (2, 10)
+
+# The forward operator's arguments, in the schema's order. Backward takes the same from
+# "cu_seqlens_q" to "dropout_p".
+FORWARD_ARGUMENTS = (
+    *("q", "k", "v"),
+    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"),
+    *("block_table", "k_scale", "v_scale", "max_seqlen_q", "max_seqlen_k"),
+    *("alibi_slopes", "sinks", "bias", "dropout_seed"),
+    *("softmax_scale", "softcap", "window_left", "window_right", "dropout_p"),
+    "backend",
+)
+
+
+class ArgumentError(ValueError, RuntimeError):
+    """An argument that cannot be used: what, where, which value, and what would be right.
+
+    A ValueError, as Python has it, and a RuntimeError, as flash_attn and torch raise it.
+    """
+
+
+def _load() -> None:
+    version = torch.__version__
+    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < TORCH_FLOOR:
+        floor = ".".join(map(str, TORCH_FLOOR))
+        raise ImportError(f"flashattn_lite needs torch >= {floor} but torch is {version}")
+    path = Path(__file__).with_name("_C.so")
+    if not path.exists():
+        raise ImportError(
+            f"flashattn_lite: the native library {path} is missing; "
+            "build it with `pip install .` in the source tree (needs g++)",
+            path=str(path),
+        )
+    try:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise ImportError(
+            f"flashattn_lite: the native library {path} does not load with torch {version} on "
+            f"this machine ({error}); reinstall flashattn_lite here",
+            path=str(path),
+        ) from error
+    schema = torch.ops.flashattn_lite.forward.default._schema
+    if tuple(argument.name for argument in schema.arguments) != FORWARD_ARGUMENTS:
+        raise ImportError(
+            f"flashattn_lite: the native library {path} was built from other sources than these "
+            "Python files; reinstall flashattn_lite",
+            path=str(path),
+        )
+
+
+_load()
+
+forward = torch.ops.flashattn_lite.forward.default
+backward = torch.ops.flashattn_lite.backward.default
+build_info = torch.ops.flashattn_lite.build_info.default
+cpu_isa = torch.ops.flashattn_lite.cpu_isa.default
+set_cpu_isa = torch.ops.flashattn_lite.set_cpu_isa.default
+
+
+def argument_error(error: RuntimeError, name: str) -> RuntimeError:
+    """The error that a public function raises for one that an operator raised."""
+    text = str(error)
+    for operator in ("flashattn_lite::forward", "flashattn_lite::backward"):
+        if text.startswith(operator):
+            sentence = text[len(operator) :].removeprefix("()").removeprefix(":").strip()
+            return ArgumentError(f"{name}: {sentence}")
+    return error
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_options: Any) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    if q.dim() == 3:
+        return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+
+
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    named = dict(zip(("out", "lse", *FORWARD_ARGUMENTS[3:-1]), rest, strict=False))
+    need_dsinks, need_dbias = rest[-3], rest[-2]
+    dsinks = q.new_empty((q.shape[-2] if need_dsinks else 0,), dtype=torch.float32)
+    dbias = q.new_empty((0,), dtype=torch.float32)
+    if need_dbias:
+        cu_q, cu_k, bias = named["cu_seqlens_q"], named["cu_seqlens_k"], named["bias"]
+        batch = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
+        seqlen_q = q.shape[1] if cu_q is None else named["max_seqlen_q"]
+        seqlen_k = k.shape[1] if cu_k is None else named["max_seqlen_k"]
+        dbias = q.new_empty((batch, q.shape[-2], seqlen_q, seqlen_k), dtype=bias.dtype)
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    return dq, dk, dv, dsinks, dbias
+
+
+torch.library.register_fake("flashattn_lite::forward", _fake_forward)
+torch.library.register_fake("flashattn_lite::backward", _fake_backward)

@@ -1,0 +1,303 @@
+"""``attention``: every option of the library on one function; the other public functions are thin
+layers over it. Options are normalised here, the operator checks them, and autograd comes in only
+when a gradient is needed. What the options mean, exactly: docs/semantics.md and reference.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from flashattn_lite import _checks, _ops, reference
+
+__all__ = ["attention", "draw_dropout_seed"]
+
+Window = tuple[int | None, int | None]
+UNBOUNDED: Window = (None, None)
+
+
+def draw_dropout_seed() -> Tensor:
+    """One int64 on the CPU from torch's default generator, which ``torch.manual_seed`` governs.
+
+    >>> _ = torch.manual_seed(0)
+    >>> draw_dropout_seed().shape
+    torch.Size([1])
+    """
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The identity on the first ``count`` tensors, which refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(t.view_as(t) for t in tensors[:count] if t is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *_gradients: Tensor) -> tuple[None, ...]:
+        raise RuntimeError(
+            f"{ctx.name}: second derivatives are not implemented by the kernels; use float64 "
+            "inputs or flashattn_lite.reference.attention, which torch differentiates any number "
+            "of times"
+        )
+
+
+class _Attention(torch.autograd.Function):
+    """The operator pair. Arguments: name, deterministic, and the forward operator's."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, deterministic: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
+        try:
+            out, lse = _ops.forward(*arguments)
+        except RuntimeError as error:
+            raise _ops.argument_error(error, name) from None
+        ctx.save_for_backward(out, lse, *arguments[:11], *arguments[13:17])
+        ctx.max_seqlens, ctx.numbers = arguments[11:13], arguments[17:22]
+        ctx.name, ctx.deterministic, ctx.backend = name, deterministic, arguments[22]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+        out, lse, q, k, v, *options = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        need_dsinks, need_dbias = ctx.needs_input_grad[16], ctx.needs_input_grad[17]
+        try:
+            with torch.no_grad():
+                gradients = _ops.backward(
+                    *(dout, dlse, q, k, v, out, lse),
+                    *(*options[:8], *ctx.max_seqlens, *options[8:], *ctx.numbers),
+                    *(ctx.deterministic, need_dsinks, need_dbias, ctx.backend),
+                )
+        except RuntimeError as error:
+            raise _ops.argument_error(error, f"{ctx.name} (backward)") from None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            gradients = _NoSecondDerivative.apply(  # type: ignore[no-untyped-call]
+                ctx.name, 5, *gradients, dout, dlse, q, k, v, *options
+            )
+        dq, dk, dv, dsinks, dbias = gradients
+        return (
+            *(None, None, dq, dk, dv, *(None,) * 11),
+            *(dsinks if need_dsinks else None, dbias if need_dbias else None, *(None,) * 7),
+        )
+
+
+def _as_index(value: Any, name: str, argument: str) -> int | None:
+    """An int from what callers pass for one: an int, a SymInt, a one-element tensor, or None."""
+    if value is None or isinstance(value, int | torch.SymInt):
+        return value  # type: ignore[return-value]
+    try:
+        return int(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: {argument} is {value!r}; it must be an int") from None
+
+
+def _window(window: Any, causal: bool, name: str) -> tuple[int, int]:
+    """(left, right) with -1 for unbounded; causal is right = 0."""
+    try:
+        left, right = window
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name}: window is {window!r}; it must be a pair (left, right) of ints or None"
+        ) from None
+    left, right = _as_index(left, name, "window[0]"), _as_index(right, name, "window[1]")
+    left, right = -1 if left is None else left, -1 if right is None else right
+    if left < -1 or right < -1:
+        raise _ops.ArgumentError(
+            f"{name}: window is {(left, right)}; a side must be >= 0, or None or -1 for unbounded"
+        )
+    return left, 0 if causal else right
+
+
+def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """What torch's autocast does to an operand of scaled_dot_product_attention."""
+    return t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t
+
+
+def _max_seqlen(value: Any, cu_seqlens: Tensor | None, t: Tensor, name: str, argument: str) -> int:
+    """The longest sequence: given, or the number of rows that bounds it."""
+    if cu_seqlens is None:
+        return t.shape[1] if t.dim() > 1 else 0
+    given = _as_index(value, name, argument)
+    return t.shape[0] if given is None else given
+
+
+def _expand_bias(bias: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    try:
+        return bias.expand(shape)
+    except RuntimeError:
+        raise _ops.ArgumentError(
+            f"{name}: bias has shape {tuple(bias.shape)}; it must broadcast to {shape}"
+        ) from None
+
+
+def _through_reference(
+    q: Tensor, k: Tensor, v: Tensor, name: str, **options: Unpack[reference.Options]
+) -> tuple[Tensor, Tensor]:
+    """float64 all the way; the results in q's dtype (LSE: float32, float64 for float64)."""
+    _checks.check(name, q, k, v, options)
+    out, lse = reference.attention(q, k, v, **options)
+    return out.to(q.dtype), lse if q.dtype is torch.float64 else lse.float()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    window: Window = UNBOUNDED,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+    name: str = "attention",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention, softmax(scale * Q K^T) V, dense or over sequences of unequal lengths.
+
+    Everything in natural-log units; lengths count tokens. float32, float16 and bfloat16 run on the
+    kernels; float64 runs through ``reference.attention`` in float64.
+
+    Args:
+        q: (batch, seqlen_q, heads_q, head_dim), or (total_q, heads_q, head_dim) with cu_seqlens_q.
+            Any strides; a copy is made only when the last one is not 1.
+        k: (batch, seqlen_k, heads_k, head_dim), or (total_k, heads_k, head_dim) with cu_seqlens_k,
+            or (num_pages, page_size, heads_k, head_dim) with block_table. heads_q must be a
+            multiple of heads_k: query head h reads head h // (heads_q / heads_k).
+        v: like k; its head_dim may differ, and is the output's.
+        causal: row i sees keys up to i + seqlen_k - seqlen_q (bottom-right): window right = 0.
+        window: (left, right), inclusive: row i sees key j iff
+            i + seqlen_k - seqlen_q - left <= j <= i + seqlen_k - seqlen_q + right.
+            None or -1 is unbounded.
+        softmax_scale: default 1 / sqrt(head_dim).
+        softcap: scores become softcap * tanh(score / softcap); 0 is off.
+        alibi_slopes: (heads_q) or (batch, heads_q); adds -slope * |i + seqlen_k - seqlen_q - j|.
+            No gradient.
+        sinks: (heads_q); a logit per head that joins the softmax's denominator. Has a gradient.
+        bias: broadcasts to (batch, heads_q, seqlen_q, seqlen_k), added to the scores after the
+            softcap. Has a gradient (on the CPU).
+        dropout_p: in [0, 1); the mask follows ``torch.manual_seed``, equally on every device.
+        dropout_seed: one int64 on the CPU; default: drawn from torch's default generator.
+        cu_seqlens_q: int32 (batch + 1), offsets of the sequences in q, from 0.
+        cu_seqlens_k: int32 (batch + 1), the same for k and v.
+        max_seqlen_q: the longest sequence in q; default: total_q, which is never wrong. On CUDA it
+            sizes the grid, so give it.
+        max_seqlen_k: the same for k.
+        seqused_q: int32 (batch), rows of each sequence in use; the others give 0 (LSE -inf).
+        seqused_k: int32 (batch), keys of each sequence in use, from its first row.
+        leftpad_k: int32 (batch), keys to skip at the start of each sequence.
+        block_table: int32 (batch, max_pages), physical page of each logical page; needs seqused_k.
+        k_scale: float32 k.shape[:-1], the factor of each (token, head) of int8 or float8 keys.
+        v_scale: the same for v.
+        deterministic: gradients bitwise repeatable on CUDA too (on the CPU they always are).
+        return_lse: also return the log-sum-exp of the scores, which is differentiable.
+        backend: "auto", "cpu", "flash1", "flash2", or "reference"; an engine that is named and
+            cannot run the call raises, with every engine's reason.
+        name: what error messages begin with.
+
+    Returns:
+        out: like q with v's head_dim; 0 in rows that see nothing.
+        lse: float32 (batch, heads_q, seqlen_q) or (heads_q, total_q), if return_lse; -inf in rows
+            that see nothing.
+
+    Raises:
+        ArgumentError: (a ValueError) for an argument that cannot be used; it says which and why.
+
+    >>> q = torch.ones(1, 2, 4, 8); k = torch.ones(1, 3, 2, 8); v = torch.ones(1, 3, 2, 16)
+    >>> attention(q, k, v, causal=True).shape
+    torch.Size([1, 2, 4, 16])
+
+    Source: Dao et al., FlashAttention (2022); Dao, FlashAttention-2 (2023).
+    """
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        raise TypeError(
+            f"{name}: q, k and v must be torch.Tensor, not {[type(q), type(k), type(v)]}"
+        )
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = _autocast(q, dtype), _autocast(k, dtype), _autocast(v, dtype)
+    if window is UNBOUNDED:
+        left, right = -1, 0 if causal else -1
+    else:
+        left, right = _window(window, causal, name)
+    if softmax_scale is None:
+        softmax_scale = max(q.shape[-1], 1) ** -0.5
+    if sinks is not None and sinks.dtype is not torch.float32:
+        sinks = sinks.float()
+    if bias is not None:
+        bias = bias[(None,) * (4 - bias.dim())]
+    if alibi_slopes is not None and alibi_slopes.requires_grad:
+        raise _ops.ArgumentError(f"{name}: alibi_slopes has no gradient here; pass it detached")
+    if dropout_p > 0 and dropout_seed is None:
+        dropout_seed = draw_dropout_seed()
+    if backend == "reference" or (q.dtype is torch.float64 and backend == "auto"):
+        out, lse = _through_reference(
+            q,
+            k,
+            v,
+            name,
+            window=(left, right),
+            softmax_scale=softmax_scale,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            bias=bias,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            seqused_q=seqused_q,
+            seqused_k=seqused_k,
+            leftpad_k=leftpad_k,
+            block_table=block_table,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+        return (out, lse) if return_lse else out
+    max_seqlen_q = _max_seqlen(max_seqlen_q, cu_seqlens_q, q, name, "max_seqlen_q")
+    max_seqlen_k = _max_seqlen(max_seqlen_k, cu_seqlens_k, k, name, "max_seqlen_k")
+    needs_grad = torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (sinks is not None and sinks.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
+    if needs_grad and bias is not None and bias.requires_grad:
+        # The kernels' gradient is of the whole (batch, heads, rows, keys) bias: autograd sums it.
+        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        bias = _expand_bias(bias, (batch, q.shape[-2], max_seqlen_q, max_seqlen_k), name)
+    arguments = (
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k),
+        *(block_table, k_scale, v_scale, max_seqlen_q, max_seqlen_k),
+        *(alibi_slopes, sinks, bias, dropout_seed),
+        *(softmax_scale, softcap, left, right, dropout_p, backend),
+    )
+    if needs_grad:
+        out, lse = _Attention.apply(name, deterministic, *arguments)  # type: ignore[no-untyped-call]
+    else:
+        try:
+            out, lse = _ops.forward(*arguments)
+        except RuntimeError as error:
+            raise _ops.argument_error(error, name) from None
+    return (out, lse) if return_lse else out

@@ -1,0 +1,1 @@
+"""Layers around attention, under the names that flash_attn gives them."""
