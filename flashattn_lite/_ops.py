@@ -72,13 +72,15 @@ cpu_isa = torch.ops.flashattn_lite.cpu_isa.default
 set_cpu_isa = torch.ops.flashattn_lite.set_cpu_isa.default
 
 
-def argument_error(error: RuntimeError, name: str) -> RuntimeError:
+def argument_error(error: RuntimeError, name: str) -> Exception:
     """The error that a public function raises for one that an operator raised."""
     text = str(error)
     for operator in ("flashattn_lite::forward", "flashattn_lite::backward"):
-        if text.startswith(operator):
-            sentence = text[len(operator) :].removeprefix("()").removeprefix(":").strip()
-            return ArgumentError(f"{name}: {sentence}")
+        if text.startswith(f"{operator}: "):
+            return ArgumentError(text.replace(operator, name, 1))
+        if text.startswith(f"{operator}() "):  # the dispatcher's: an argument of another type
+            sentence = text.splitlines()[0].removeprefix(f"{operator}() ")
+            return TypeError(f"{name}: {sentence[0].lower()}{sentence[1:]}")
     return error
 
 
