@@ -1,57 +1,10 @@
 #include "arguments.h"
 
 #include <math.h>
-#include <stdlib.h>
 
 #include "../core/philox.h"
 
 namespace fal::torch_binding {
-
-std::string dtype_text(int32_t dtype) {
-  if (dtype == aoti_torch_dtype_float32()) return "float32";
-  if (dtype == aoti_torch_dtype_float16()) return "float16";
-  if (dtype == aoti_torch_dtype_bfloat16()) return "bfloat16";
-  if (dtype == aoti_torch_dtype_float8_e4m3fn()) return "float8_e4m3fn";
-  if (dtype == aoti_torch_dtype_int8()) return "int8";
-  if (dtype == aoti_torch_dtype_int32()) return "int32";
-  if (dtype == aoti_torch_dtype_int64()) return "int64";
-  return "dtype number " + std::to_string(dtype);
-}
-
-bool known_dtype(int32_t torch_dtype, DType* dtype) {
-  if (torch_dtype == aoti_torch_dtype_float32()) return *dtype = DType::kFloat32, true;
-  if (torch_dtype == aoti_torch_dtype_float16()) return *dtype = DType::kFloat16, true;
-  if (torch_dtype == aoti_torch_dtype_bfloat16()) return *dtype = DType::kBFloat16, true;
-  if (torch_dtype == aoti_torch_dtype_int8()) return *dtype = DType::kInt8, true;
-  if (torch_dtype == aoti_torch_dtype_float8_e4m3fn()) return *dtype = DType::kFloat8E4M3, true;
-  return false;
-}
-
-namespace {
-
-bool is_float(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kFloat16 || dtype == DType::kBFloat16;
-}
-
-bool same_device(const Tensor& a, const Tensor& b) {
-  return a.device_type() == b.device_type() && a.device_index() == b.device_index();
-}
-
-std::string sizes_text(const std::vector<int64_t>& sizes) {
-  std::string text = "(";
-  for (size_t i = 0; i < sizes.size(); ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
-  return text + ")";
-}
-
-bool contents_checked_on_cuda() {
-  static const bool checked = [] {
-    const char* value = getenv("FAL_CHECK");
-    return value && value[0] == '1';
-  }();
-  return checked;
-}
-
-}  // namespace
 
 void Options::read(StackReader& stack) {
   stack >> cu_seqlens_q >> cu_seqlens_k >> seqused_q >> seqused_k >> leftpad_k >> block_table >>
@@ -60,7 +13,11 @@ void Options::read(StackReader& stack) {
 }
 
 Arguments::Arguments(const char* op, Tensor q, Tensor k, Tensor v, Options options)
-    : op_(op), q_(std::move(q)), k_(std::move(k)), v_(std::move(v)), options_(std::move(options)) {
+    : q_(std::move(q)),
+      k_(std::move(k)),
+      v_(std::move(v)),
+      checker_(op, q_),
+      options_(std::move(options)) {
   check_dtypes();
   check_shapes();
   set_lengths();
@@ -75,51 +32,54 @@ void Arguments::check_dtypes() {
   DType& dtype = problem_.shape.dtype;
   DType& kv_dtype = problem_.kv.dtype;
   if (!known_dtype(q_.dtype(), &dtype) || !is_float(dtype)) {
-    bad("q is ", dtype_text(q_.dtype()), "; it must be float32, float16 or bfloat16");
+    checker_.bad("q is ", dtype_text(q_.dtype()), "; it must be float32, float16 or bfloat16");
   }
   if (!known_dtype(k_.dtype(), &kv_dtype))
-    bad("k is ", dtype_text(k_.dtype()), "; q is ", dtype_text(q_.dtype()));
+    checker_.bad("k is ", dtype_text(k_.dtype()), "; q is ", dtype_text(q_.dtype()));
   if (k_.dtype() != v_.dtype()) {
-    bad("k is ", dtype_text(k_.dtype()), " but v is ", dtype_text(v_.dtype()), "; they must agree");
+    checker_.bad("k is ", dtype_text(k_.dtype()), " but v is ", dtype_text(v_.dtype()),
+                 "; they must agree");
   }
   const bool quantised = !is_float(kv_dtype);
   if (!quantised && k_.dtype() != q_.dtype()) {
-    bad("k and v are ", dtype_text(k_.dtype()), " but q is ", dtype_text(q_.dtype()),
-        "; they must agree");
+    checker_.bad("k and v are ", dtype_text(k_.dtype()), " but q is ", dtype_text(q_.dtype()),
+                 "; they must agree");
   }
   if (quantised && !(options_.k_scale && options_.v_scale)) {
-    bad("k and v are ", dtype_text(k_.dtype()), ", which needs k_scale and v_scale");
+    checker_.bad("k and v are ", dtype_text(k_.dtype()), ", which needs k_scale and v_scale");
   }
   if (!quantised && (options_.k_scale || options_.v_scale)) {
-    bad("k_scale and v_scale belong to int8 or float8_e4m3fn k and v, which are ",
-        dtype_text(k_.dtype()));
+    checker_.bad("k_scale and v_scale belong to int8 or float8_e4m3fn k and v, which are ",
+                 dtype_text(k_.dtype()));
   }
-  if (!q_.is_cpu() && !q_.is_cuda()) bad("q is on an unsupported device; use cpu or cuda");
-  if (!same_device(k_, q_)) bad("k is on another device than q");
-  if (!same_device(v_, q_)) bad("v is on another device than q");
+  if (!q_.is_cpu() && !q_.is_cuda()) checker_.bad("q is on an unsupported device; use cpu or cuda");
+  checker_.on_device("k", k_);
+  checker_.on_device("v", v_);
 }
 
 void Arguments::check_shapes() {
   const Options& o = options_;
   const bool paged = o.block_table.has_value();
   if (o.cu_seqlens_q ? q_.dim() != 3 : q_.dim() != 4) {
-    bad("q has shape ", shape_text(q_), "; it must be ",
-        o.cu_seqlens_q ? "(total_q, heads_q, head_dim) because cu_seqlens_q is given"
-                       : "(batch, seqlen_q, heads_q, head_dim)");
+    checker_.bad("q has shape ", shape_text(q_), "; it must be ",
+                 o.cu_seqlens_q ? "(total_q, heads_q, head_dim) because cu_seqlens_q is given"
+                                : "(batch, seqlen_q, heads_q, head_dim)");
   }
   const char* kv_form =
       paged            ? "(num_pages, page_size, heads_k, head_dim) because block_table is given"
       : o.cu_seqlens_k ? "(total_k, heads_k, head_dim) because cu_seqlens_k is given"
                        : "(batch, seqlen_k, heads_k, head_dim)";
-  if (paged && o.cu_seqlens_k) bad("cu_seqlens_k does not go with block_table; give seqused_k");
-  if (paged && !o.seqused_k) bad("block_table needs seqused_k, the keys used of each sequence");
+  if (paged && o.cu_seqlens_k)
+    checker_.bad("cu_seqlens_k does not go with block_table; give seqused_k");
+  if (paged && !o.seqused_k)
+    checker_.bad("block_table needs seqused_k, the keys used of each sequence");
   const int64_t kv_dim = o.cu_seqlens_k ? 3 : 4;
-  if (k_.dim() != kv_dim) bad("k has shape ", shape_text(k_), "; it must be ", kv_form);
-  if (v_.dim() != kv_dim) bad("v has shape ", shape_text(v_), "; it must be ", kv_form);
+  if (k_.dim() != kv_dim) checker_.bad("k has shape ", shape_text(k_), "; it must be ", kv_form);
+  if (v_.dim() != kv_dim) checker_.bad("v has shape ", shape_text(v_), "; it must be ", kv_form);
   for (int64_t d = 0; d + 1 < kv_dim; ++d) {
     if (k_.size(d) != v_.size(d)) {
-      bad("k has shape ", shape_text(k_), " but v has ", shape_text(v_),
-          "; only head_dim may differ");
+      checker_.bad("k has shape ", shape_text(k_), " but v has ", shape_text(v_),
+                   "; only head_dim may differ");
     }
   }
 
@@ -128,22 +88,25 @@ void Arguments::check_shapes() {
   const int64_t batch = o.cu_seqlens_q ? o.cu_seqlens_q->numel() - 1 : q_.size(0);
   const int64_t heads_q = q_.size(qd - 2), heads_k = k_.size(kv_dim - 2);
   const int64_t head_dim = q_.size(qd - 1), head_dim_v = v_.size(kv_dim - 1);
-  if (batch < 0) bad("cu_seqlens_q is empty; it must hold batch + 1 offsets, the first of them 0");
+  if (batch < 0)
+    checker_.bad("cu_seqlens_q is empty; it must hold batch + 1 offsets, the first of them 0");
   if (k_.size(kv_dim - 1) != head_dim) {
-    bad("k has head_dim ", k_.size(kv_dim - 1), " but q has ", head_dim);
+    checker_.bad("k has head_dim ", k_.size(kv_dim - 1), " but q has ", head_dim);
   }
-  if (head_dim < 1 || head_dim > 256) bad("q has head_dim ", head_dim, "; it must be 1 to 256");
+  if (head_dim < 1 || head_dim > 256)
+    checker_.bad("q has head_dim ", head_dim, "; it must be 1 to 256");
   if (head_dim_v < 1 || head_dim_v > 256)
-    bad("v has head_dim ", head_dim_v, "; it must be 1 to 256");
+    checker_.bad("v has head_dim ", head_dim_v, "; it must be 1 to 256");
   if (heads_k < 1 ? heads_q > 0 : heads_q % heads_k != 0) {
-    bad("q has ", heads_q, " heads but k has ", heads_k, "; heads_q must be a multiple of heads_k");
+    checker_.bad("q has ", heads_q, " heads but k has ", heads_k,
+                 "; heads_q must be a multiple of heads_k");
   }
   if (!paged && !o.cu_seqlens_k && k_.size(0) != batch) {
-    bad("k has batch ", k_.size(0), " but q has batch ", batch);
+    checker_.bad("k has batch ", k_.size(0), " but q has batch ", batch);
   }
   if (o.cu_seqlens_k && o.cu_seqlens_k->numel() - 1 != batch) {
-    bad("cu_seqlens_k has ", o.cu_seqlens_k->numel(), " entries; with batch ", batch,
-        " it must have ", batch + 1);
+    checker_.bad("cu_seqlens_k has ", o.cu_seqlens_k->numel(), " entries; with batch ", batch,
+                 " it must have ", batch + 1);
   }
   s.batch = static_cast<int32_t>(batch);
   s.heads_q = static_cast<int32_t>(heads_q);
@@ -154,20 +117,6 @@ void Arguments::check_shapes() {
   s.rows_k = kv_dim == 3 ? k_.size(0) : k_.size(0) * k_.size(1);
 }
 
-const int32_t* Arguments::index_vector(const char* name, const std::optional<Tensor>& t,
-                                       int64_t size) const {
-  if (!t) return nullptr;
-  if (t->dtype() != aoti_torch_dtype_int32()) {
-    bad(name, " is ", dtype_text(t->dtype()), "; it must be int32");
-  }
-  if (!same_device(*t, q_)) bad(name, " is on another device than q");
-  if (t->dim() != 1 || t->numel() != size) {
-    bad(name, " has shape ", shape_text(*t), "; it must be (", size, ",)");
-  }
-  if (size > 1 && t->stride(0) != 1) bad(name, " must be contiguous; call .contiguous() on it");
-  return static_cast<const int32_t*>(t->data());
-}
-
 void Arguments::set_lengths() {
   const Options& o = options_;
   const int64_t batch = problem_.shape.batch;
@@ -175,111 +124,84 @@ void Arguments::set_lengths() {
   int64_t seqlen_q = o.cu_seqlens_q ? o.max_seqlen_q : q_.size(1);
   int64_t seqlen_k = o.cu_seqlens_k ? o.max_seqlen_k : k_.size(1);
   if (o.block_table) {
-    const Tensor& table = *o.block_table;
-    if (table.dtype() != aoti_torch_dtype_int32()) {
-      bad("block_table is ", dtype_text(table.dtype()), "; it must be int32");
-    }
-    if (!same_device(table, q_)) bad("block_table is on another device than q");
-    if (table.dim() != 2 || table.size(0) != batch) {
-      bad("block_table has shape ", shape_text(table), "; it must be (", batch, ", max_pages)");
-    }
-    if (table.size(1) > 1 && table.stride(1) != 1) {
-      bad("block_table must have unit stride in its last dimension; call .contiguous() on it");
-    }
-    const int64_t page_size = k_.size(1);
-    if (page_size < 1) bad("k has page_size 0; a page must hold at least one token");
-    problem_.kv.pages = {static_cast<const int32_t*>(table.data()), table.stride(0),
-                         static_cast<int32_t>(page_size)};
-    seqlen_k = table.size(1) * page_size;
+    problem_.kv.pages = checker_.pages(*o.block_table, batch, k_.size(1));
+    seqlen_k = o.block_table->size(1) * k_.size(1);
     problem_.shape.rows_k = batch * seqlen_k;
   }
   if (seqlen_q < 0 || seqlen_q > Band::kMaxLength) {
-    bad(o.cu_seqlens_q ? "max_seqlen_q" : "seqlen_q", " is ", seqlen_q, "; it must be 0 to 2^30");
+    checker_.bad(o.cu_seqlens_q ? "max_seqlen_q" : "seqlen_q", " is ", seqlen_q,
+                 "; it must be 0 to 2^30");
   }
   if (seqlen_k < 0 || seqlen_k > Band::kMaxLength) {
-    bad(o.cu_seqlens_k ? "max_seqlen_k" : "seqlen_k", " is ", seqlen_k, "; it must be 0 to 2^30");
+    checker_.bad(o.cu_seqlens_k ? "max_seqlen_k" : "seqlen_k", " is ", seqlen_k,
+                 "; it must be 0 to 2^30");
   }
   l.seqlen_q = static_cast<int32_t>(seqlen_q);
   l.seqlen_k = static_cast<int32_t>(seqlen_k);
-  l.cu_seqlens_q = index_vector("cu_seqlens_q", o.cu_seqlens_q, batch + 1);
-  l.cu_seqlens_k = index_vector("cu_seqlens_k", o.cu_seqlens_k, batch + 1);
-  l.seqused_q = index_vector("seqused_q", o.seqused_q, batch);
-  l.seqused_k = index_vector("seqused_k", o.seqused_k, batch);
-  l.leftpad_k = index_vector("leftpad_k", o.leftpad_k, batch);
+  l.cu_seqlens_q = checker_.index_vector("cu_seqlens_q", o.cu_seqlens_q, batch + 1);
+  l.cu_seqlens_k = checker_.index_vector("cu_seqlens_k", o.cu_seqlens_k, batch + 1);
+  l.seqused_q = checker_.index_vector("seqused_q", o.seqused_q, batch);
+  l.seqused_k = checker_.index_vector("seqused_k", o.seqused_k, batch);
+  l.leftpad_k = checker_.index_vector("leftpad_k", o.leftpad_k, batch);
 
   // A side of the window as long as the keys counts as unbounded, as in flash_attn.
   const auto side = [&](const char* name, int64_t value) -> int32_t {
-    if (value < -1) bad(name, " is ", value, "; it must be >= 0, or -1 for unbounded");
+    if (value < -1) checker_.bad(name, " is ", value, "; it must be >= 0, or -1 for unbounded");
     return value < 0 || value >= seqlen_k ? Window::kUnbounded : static_cast<int32_t>(value);
   };
   problem_.window = {side("window_left", o.window_left),
                      o.window_right == 0 ? 0 : side("window_right", o.window_right)};
 }
 
-const float* Arguments::float_vector(const char* name, const std::optional<Tensor>& t) const {
-  if (!t) return nullptr;
-  if (t->dtype() != aoti_torch_dtype_float32()) {
-    bad(name, " is ", dtype_text(t->dtype()), "; it must be float32");
-  }
-  if (!same_device(*t, q_)) bad(name, " is on another device than q");
-  const int64_t d = t->dim();
-  if (d >= 1 && t->size(d - 1) > 1 && t->stride(d - 1) != 1) {
-    bad(name, " must have unit stride in its last dimension; call .contiguous() on it");
-  }
-  return static_cast<const float*>(t->data());
-}
-
 void Arguments::set_score() {
   const Options& o = options_;
   const Shape& s = problem_.shape;
   ScoreOptions& score = problem_.score;
-  if (!isfinite(o.softmax_scale)) bad("softmax_scale is ", o.softmax_scale, "; it must be finite");
+  if (!isfinite(o.softmax_scale))
+    checker_.bad("softmax_scale is ", o.softmax_scale, "; it must be finite");
   if (!(o.softcap >= 0) || !isfinite(o.softcap)) {
-    bad("softcap is ", o.softcap, "; it must be >= 0 (0 = off)");
+    checker_.bad("softcap is ", o.softcap, "; it must be >= 0 (0 = off)");
   }
   if (!(o.dropout_p >= 0 && o.dropout_p < 1)) {
-    bad("dropout_p is ", o.dropout_p, "; it must be in [0, 1)");
+    checker_.bad("dropout_p is ", o.dropout_p, "; it must be in [0, 1)");
   }
   score.scale = static_cast<float>(o.softmax_scale);
   score.softcap = static_cast<float>(o.softcap);
-  score.alibi_slopes = float_vector("alibi_slopes", o.alibi_slopes);
+  score.alibi_slopes = checker_.float_vector("alibi_slopes", o.alibi_slopes);
   if (o.alibi_slopes) {
     const Tensor& t = *o.alibi_slopes;
     const bool per_head = t.dim() == 1 && t.size(0) == s.heads_q;
     const bool per_batch = t.dim() == 2 && t.size(0) == s.batch && t.size(1) == s.heads_q;
     if (!per_head && !per_batch) {
-      bad("alibi_slopes has shape ", shape_text(t), "; it must be (", s.heads_q, ",) or (", s.batch,
-          ", ", s.heads_q, ")");
+      checker_.bad("alibi_slopes has shape ", shape_text(t), "; it must be (", s.heads_q, ",) or (",
+                   s.batch, ", ", s.heads_q, ")");
     }
     score.alibi_batch_stride = per_batch ? t.stride(0) : 0;
   }
-  score.sinks = float_vector("sinks", o.sinks);
+  score.sinks = checker_.float_vector("sinks", o.sinks);
   if (o.sinks && (o.sinks->dim() != 1 || o.sinks->size(0) != s.heads_q)) {
-    bad("sinks has shape ", shape_text(*o.sinks), "; it must be (", s.heads_q, ",)");
+    checker_.bad("sinks has shape ", shape_text(*o.sinks), "; it must be (", s.heads_q, ",)");
   }
   if (o.bias) {
     const Tensor& t = *o.bias;
-    DType dtype;
-    if (!known_dtype(t.dtype(), &dtype) || !is_float(dtype)) {
-      bad("bias is ", dtype_text(t.dtype()), "; it must be float32, float16 or bfloat16");
-    }
-    if (!same_device(t, q_)) bad("bias is on another device than q");
+    const DType dtype = checker_.float_dtype("bias", t);
+    checker_.on_device("bias", t);
     const std::vector<int64_t> full{s.batch, s.heads_q, problem_.lengths.seqlen_q,
                                     problem_.lengths.seqlen_k};
     int64_t stride[4];
     for (int64_t d = 0; d < 4; ++d) {
       if (t.dim() != 4 || (t.size(d) != full[d] && t.size(d) != 1)) {
-        bad("bias has shape ", shape_text(t), "; it must broadcast to ", sizes_text(full));
+        checker_.bad("bias has shape ", shape_text(t), "; it must broadcast to ", sizes_text(full));
       }
       stride[d] = t.size(d) == 1 ? 0 : t.stride(d);
     }
     score.bias = {t.data(), stride[0], stride[1], stride[2], stride[3], dtype};
   }
   if (o.dropout_p > 0) {
-    if (!o.dropout_seed) bad("dropout_p is ", o.dropout_p, ", which needs dropout_seed");
+    if (!o.dropout_seed) checker_.bad("dropout_p is ", o.dropout_p, ", which needs dropout_seed");
     const Tensor& t = *o.dropout_seed;
     if (!t.is_cpu() || t.dtype() != aoti_torch_dtype_int64() || t.numel() != 1) {
-      bad("dropout_seed must be one int64 on the CPU");
+      checker_.bad("dropout_seed must be one int64 on the CPU");
     }
     score.dropout_seed = *static_cast<const uint64_t*>(t.data());
     score.dropout_threshold = Dropout::threshold_of(o.dropout_p);
@@ -288,22 +210,14 @@ void Arguments::set_score() {
     if (!t) return {};
     std::vector<int64_t> sizes = sizes_of(k_);
     sizes.pop_back();
-    float_vector(name, t);
-    check_like(name, *t, sizes);
+    checker_.float_vector(name, t);
+    checker_.has_shape(name, *t, sizes);
     const int64_t d = t->dim();  // (batch, row, head) or (row, head)
     return {static_cast<float*>(t->data()), d == 3 ? t->stride(0) : 0, t->stride(d - 1),
             t->stride(d - 2)};
   };
   problem_.kv.k_scale = kv_scale("k_scale", o.k_scale);
   problem_.kv.v_scale = kv_scale("v_scale", o.v_scale);
-}
-
-void Arguments::check_like(const char* name, const Tensor& t,
-                           const std::vector<int64_t>& sizes) const {
-  if (!same_device(t, q_)) bad(name, " is on another device than q");
-  if (sizes_of(t) != sizes) {
-    bad(name, " has shape ", shape_text(t), "; it must be ", sizes_text(sizes));
-  }
 }
 
 std::vector<int64_t> Arguments::out_sizes() const {
@@ -337,80 +251,24 @@ void Arguments::set_outputs(const Tensor& out, const Tensor& lse) {
   problem_.lse = stats(lse);
 }
 
-// ---- contents of index tensors
-// -----------------------------------------------------------------------------
-
-void Arguments::check_cumulative(const char* name, const int32_t* cu, int64_t rows,
-                                 const char* tensor, const char* max_name,
-                                 int64_t max_seqlen) const {
-  const int32_t batch = problem_.shape.batch;
-  if (cu[0] != 0) bad(name, " starts at ", cu[0], "; it must start at 0");
-  for (int32_t b = 0; b < batch; ++b) {
-    if (cu[b + 1] < cu[b]) {
-      bad(name, " falls from ", cu[b], " to ", cu[b + 1], " at entry ", b + 1,
-          "; it must not fall");
-    }
-    if (cu[b + 1] - cu[b] > max_seqlen) {
-      bad(max_name, " is ", max_seqlen, " but sequence ", b, " of ", name, " has ",
-          cu[b + 1] - cu[b], " rows");
-    }
-  }
-  if (cu[batch] > rows) bad(name, " ends at ", cu[batch], " but ", tensor, " has ", rows, " rows");
-}
-
-void Arguments::check_bounded(const char* name, const int32_t* values, const int32_t* cu,
-                              int64_t limit) const {
-  for (int32_t b = 0; b < problem_.shape.batch; ++b) {
-    const int64_t capacity = cu ? cu[b + 1] - cu[b] : limit;
-    if (values[b] < 0 || values[b] > capacity) {
-      bad(name, "[", b, "] is ", values[b], "; it must be 0 to ", capacity,
-          ", the length of that sequence");
-    }
-  }
-}
-
-void Arguments::check_block_table(const int32_t* seqused, const int32_t* table,
-                                  int64_t table_stride) const {
-  const int64_t page_size = k_.size(1), pages = k_.size(0), width = options_.block_table->size(1);
-  for (int32_t b = 0; b < problem_.shape.batch; ++b) {
-    if (seqused[b] < 0) bad("seqused_k[", b, "] is ", seqused[b], "; it must be >= 0");
-    const int64_t used = (seqused[b] + page_size - 1) / page_size;
-    if (used > width) {
-      bad("seqused_k[", b, "] is ", seqused[b], ", more than block_table can address: ", width,
-          " pages of ", page_size, " tokens");
-    }
-    for (int64_t p = 0; p < used; ++p) {
-      const int32_t page = table[b * table_stride + p];
-      if (page < 0 || page >= pages) {
-        bad("block_table[", b, ", ", p, "] is ", page, " but k has ", pages, " pages");
-      }
-    }
-  }
-}
-
 void Arguments::check_contents() {
-  std::vector<Tensor> host;
-  host.reserve(8);
-  const auto read = [&](const std::optional<Tensor>& t) -> const int32_t* {
-    if (!t) return nullptr;
-    if (t->is_cpu()) return static_cast<const int32_t*>(t->data());
-    host.push_back(copy(*t, /*to_host=*/true));
-    return static_cast<const int32_t*>(host.back().data());
-  };
+  HostReader host;
   const Options& o = options_;
-  const int32_t *cu_q = read(o.cu_seqlens_q), *cu_k = read(o.cu_seqlens_k);
-  const int32_t *used_q = read(o.seqused_q), *used_k = read(o.seqused_k);
-  const int32_t* leftpad = read(o.leftpad_k);
+  const int32_t *cu_q = host.read(o.cu_seqlens_q), *cu_k = host.read(o.cu_seqlens_k);
+  const int32_t *used_q = host.read(o.seqused_q), *used_k = host.read(o.seqused_k);
+  const int32_t* leftpad = host.read(o.leftpad_k);
   const Lengths& l = problem_.lengths;
-  if (cu_q) check_cumulative("cu_seqlens_q", cu_q, q_.size(0), "q", "max_seqlen_q", l.seqlen_q);
-  if (cu_k) check_cumulative("cu_seqlens_k", cu_k, k_.size(0), "k", "max_seqlen_k", l.seqlen_k);
-  if (used_q) check_bounded("seqused_q", used_q, cu_q, l.seqlen_q);
-  if (used_k && !o.block_table) check_bounded("seqused_k", used_k, cu_k, l.seqlen_k);
-  if (leftpad) check_bounded("leftpad_k", leftpad, cu_k, l.seqlen_k);
+  const int64_t batch = problem_.shape.batch;
+  const Checker& c = checker_;
+  if (cu_q) c.cumulative("cu_seqlens_q", cu_q, batch, q_.size(0), "q", "max_seqlen_q", l.seqlen_q);
+  if (cu_k) c.cumulative("cu_seqlens_k", cu_k, batch, k_.size(0), "k", "max_seqlen_k", l.seqlen_k);
+  if (used_q) c.within_lengths("seqused_q", used_q, cu_q, batch, l.seqlen_q);
+  if (used_k && !o.block_table) c.within_lengths("seqused_k", used_k, cu_k, batch, l.seqlen_k);
+  if (leftpad) c.within_lengths("leftpad_k", leftpad, cu_k, batch, l.seqlen_k);
   if (o.block_table) {
-    const int32_t* table = read(o.block_table);
-    check_block_table(used_k, table,
-                      host.empty() ? o.block_table->stride(0) : o.block_table->size(1));
+    const Tensor& table = *o.block_table;
+    c.table_entries("seqused_k", used_k, host.read(o.block_table), HostReader::row_stride(table),
+                    batch, table.size(1), k_.size(1), k_.size(0));
   }
 }
 

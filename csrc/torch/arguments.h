@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "boxing.h"
+#include "checks.h"
 
 namespace fal::torch_binding {
 
@@ -36,6 +37,9 @@ class Arguments {
   // the device: FAL_CHECK=1 asks for it.
   Arguments(const char* op, Tensor q, Tensor k, Tensor v, Options options);
 
+  Arguments(const Arguments&) = delete;  // the checker points at q_
+  Arguments& operator=(const Arguments&) = delete;
+
   // Points the problem's outputs at these tensors, (…, heads_q, head_dim_v) and (…) float32.
   void set_outputs(const Tensor& out, const Tensor& lse);
 
@@ -54,29 +58,17 @@ class Arguments {
   // A view of a tensor shaped like the LSE.
   static RowStats stats(const Tensor& t);
 
-  // Raises unless t has this shape, and q's device.
-  void check_like(const char* name, const Tensor& t, const std::vector<int64_t>& sizes) const;
+  const Checker& checker() const { return checker_; }
 
  private:
-  template <class... Parts>
-  [[noreturn]] void bad(const Parts&... parts) const {
-    fail(op_, ": ", parts...);
-  }
   void check_dtypes();
   void check_shapes();
   void set_lengths();
   void set_score();
-  const int32_t* index_vector(const char* name, const std::optional<Tensor>& t, int64_t size) const;
-  const float* float_vector(const char* name, const std::optional<Tensor>& t) const;
   void check_contents();
-  void check_cumulative(const char* name, const int32_t* cu, int64_t rows, const char* tensor,
-                        const char* max_name, int64_t max_seqlen) const;
-  void check_bounded(const char* name, const int32_t* values, const int32_t* cu,
-                     int64_t limit) const;
-  void check_block_table(const int32_t* seqused, const int32_t* table, int64_t table_stride) const;
 
-  const char* op_;
   Tensor q_, k_, v_;
+  Checker checker_;
   Options options_;
   ForwardProblem problem_{};
   std::vector<Tensor> keep_;

@@ -43,12 +43,12 @@ void backward(uint64_t* stack, uint64_t inputs, uint64_t) {
   const Options& o = arguments.options();
   const Shape& shape = arguments.problem().shape;
   for (const auto& [name, t] : {std::pair{"dout", &dout}, std::pair{"out", &out}}) {
-    arguments.check_like(name, *t, arguments.out_sizes());
+    arguments.checker().has_shape(name, *t, arguments.out_sizes());
     FAL_CHECK(t->dtype() == arguments.q().dtype(), kName, ": ", name, " is ",
               dtype_text(t->dtype()), " but q is ", dtype_text(arguments.q().dtype()));
   }
   for (const auto& [name, t] : {std::pair{"lse", &lse}, std::pair{"dlse", dlse ? &*dlse : &lse}}) {
-    arguments.check_like(name, *t, arguments.lse_sizes());
+    arguments.checker().has_shape(name, *t, arguments.lse_sizes());
     FAL_CHECK(t->dtype() == aoti_torch_dtype_float32(), kName, ": ", name, " is ",
               dtype_text(t->dtype()), "; it must be float32");
   }

@@ -94,6 +94,12 @@ class Library {
     FAL_TORCH(aoti_torch_library_init_def(name, __FILE__, __LINE__, &library.handle_));
     return library;
   }
+  // More schemas for a library that another file defines.
+  static Library fragment(const char* name) {
+    Library library;
+    FAL_TORCH(aoti_torch_library_init_fragment(name, __FILE__, __LINE__, &library.handle_));
+    return library;
+  }
   static Library implement(const char* name, const char* dispatch_key) {
     Library library;
     FAL_TORCH(

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include "../cpu/append.h"
 #include "../cpu/engine.h"
 #include "../cuda/engine.h"
 
@@ -139,6 +140,16 @@ void run_backward(Engine engine, const Tensor& q, const BackwardProblem& problem
 #else
   (void)q;
 #endif
+}
+
+void run_rotate(const char* op, const Tensor& anchor, const RotateProblem& problem) {
+  if (anchor.is_cpu()) return cpu::rotate(problem, torch_threads());
+  fail(op, ": there is no CUDA kernel for this yet; move the tensors to the CPU");
+}
+
+void run_append(const char* op, const Tensor& anchor, const AppendProblem& problem) {
+  if (anchor.is_cpu()) return cpu::append(problem, torch_threads());
+  fail(op, ": there is no CUDA kernel for this yet; move the tensors to the CPU");
 }
 
 std::string build_info() {

@@ -1,6 +1,7 @@
 // The engine table: who can run a problem, and who does.
 #pragma once
 
+#include "../core/rotary.h"
 #include "arguments.h"
 
 namespace fal::torch_binding {
@@ -16,6 +17,10 @@ Engine choose_backward(const char* op, const std::string& backend, const Tensor&
 
 void run_forward(Engine engine, const Tensor& q, const ForwardProblem& problem);
 void run_backward(Engine engine, const Tensor& q, const BackwardProblem& problem);
+
+// The work of a cache update, on the device of `anchor`.
+void run_rotate(const char* op, const Tensor& anchor, const RotateProblem& problem);
+void run_append(const char* op, const Tensor& anchor, const AppendProblem& problem);
 
 // JSON: what was compiled, and what this process can use of it.
 std::string build_info();

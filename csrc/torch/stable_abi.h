@@ -37,6 +37,7 @@ int32_t aoti_torch_device_type_cuda();
 int32_t aoti_torch_create_device_guard(int32_t, DeviceGuardOpaque**);
 int32_t aoti_torch_delete_device_guard(DeviceGuardOpaque*);
 int32_t aoti_torch_library_init_def(const char*, const char*, uint32_t, TorchLibraryOpaque**);
+int32_t aoti_torch_library_init_fragment(const char*, const char*, uint32_t, TorchLibraryOpaque**);
 int32_t aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t,
                                      TorchLibraryOpaque**);
 int32_t aoti_torch_library_def(TorchLibraryOpaque*, const char*);

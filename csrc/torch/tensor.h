@@ -114,16 +114,8 @@ inline Tensor copy(const Tensor& t, bool to_host = false) {
   return result;
 }
 
-// "(2, 128, 8, 64)"
-inline std::string shape_text(const Tensor& t) {
-  std::ostringstream text;
-  text << '(';
-  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
-  text << (t.dim() == 1 ? ",)" : ")");
-  return text.str();
-}
-
-std::string dtype_text(int32_t dtype);  // "float16", ...
+std::string shape_text(const Tensor& t);  // "(2, 128, 8, 64)"
+std::string dtype_text(int32_t dtype);    // "float16", ...
 bool known_dtype(int32_t torch_dtype, DType* dtype);
 
 class DeviceGuard {
