@@ -66,6 +66,7 @@ def _load() -> None:
 _load()
 
 forward = torch.ops.flashattn_lite.forward.default
+forward_plain = torch.ops.flashattn_lite.forward_plain.default  # dense, no options: cheaper to call
 backward = torch.ops.flashattn_lite.backward.default
 build_info = torch.ops.flashattn_lite.build_info.default
 cpu_isa = torch.ops.flashattn_lite.cpu_isa.default
@@ -91,6 +92,12 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_options: Any) -> tuple[Tens
     return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
+def _fake_forward_plain(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int
+) -> tuple[Tensor, Tensor]:
+    return _fake_forward(q, k, v)
+
+
 def _fake_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -109,4 +116,5 @@ def _fake_backward(
 
 
 torch.library.register_fake("flashattn_lite::forward", _fake_forward)
+torch.library.register_fake("flashattn_lite::forward_plain", _fake_forward_plain)
 torch.library.register_fake("flashattn_lite::backward", _fake_backward)

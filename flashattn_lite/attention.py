@@ -50,10 +50,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, name: str, deterministic: bool, *arguments: Any) -> tuple[Tensor, Tensor]:
-        try:
-            out, lse = _ops.forward(*arguments)
-        except RuntimeError as error:
-            raise _ops.argument_error(error, name) from None
+        out, lse = _ops.forward(*arguments)
         ctx.save_for_backward(out, lse, *arguments[:11], *arguments[13:17])
         ctx.max_seqlens, ctx.numbers = arguments[11:13], arguments[17:22]
         ctx.name, ctx.deterministic, ctx.backend = name, deterministic, arguments[22]
@@ -233,7 +230,7 @@ def attention(
         raise TypeError(
             f"{name}: q, k and v must be torch.Tensor, not {[type(q), type(k), type(v)]}"
         )
-    if torch.is_autocast_enabled(q.device.type):
+    if torch.is_autocast_enabled("cpu" if q.is_cpu else q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = _autocast(q, dtype), _autocast(k, dtype), _autocast(v, dtype)
     if window is UNBOUNDED:
@@ -241,7 +238,7 @@ def attention(
     else:
         left, right = _window(window, causal, name)
     if softmax_scale is None:
-        softmax_scale = max(q.shape[-1], 1) ** -0.5
+        softmax_scale = (q.shape[-1] or 1) ** -0.5
     if sinks is not None and sinks.dtype is not torch.float32:
         sinks = sinks.float()
     if bias is not None:
@@ -274,8 +271,6 @@ def attention(
             v_scale=v_scale,
         )
         return (out, lse) if return_lse else out
-    max_seqlen_q = _max_seqlen(max_seqlen_q, cu_seqlens_q, q, name, "max_seqlen_q")
-    max_seqlen_k = _max_seqlen(max_seqlen_k, cu_seqlens_k, k, name, "max_seqlen_k")
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
@@ -283,21 +278,42 @@ def attention(
         or (sinks is not None and sinks.requires_grad)
         or (bias is not None and bias.requires_grad)
     )
-    if needs_grad and bias is not None and bias.requires_grad:
-        # The kernels' gradient is of the whole (batch, heads, rows, keys) bias: autograd sums it.
-        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        bias = _expand_bias(bias, (batch, q.shape[-2], max_seqlen_q, max_seqlen_k), name)
-    arguments = (
-        *(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k),
-        *(block_table, k_scale, v_scale, max_seqlen_q, max_seqlen_k),
-        *(alibi_slopes, sinks, bias, dropout_seed),
-        *(softmax_scale, softcap, left, right, dropout_p, backend),
-    )
-    if needs_grad:
-        out, lse = _Attention.apply(name, deterministic, *arguments)  # type: ignore[no-untyped-call]
-    else:
-        try:
+    try:
+        if not needs_grad and (
+            cu_seqlens_q is None
+            and cu_seqlens_k is None
+            and seqused_q is None
+            and seqused_k is None
+            and leftpad_k is None
+            and block_table is None
+            and k_scale is None
+            and v_scale is None
+            and alibi_slopes is None
+            and sinks is None
+            and bias is None
+            and dropout_seed is None
+            and dropout_p == 0
+            and softcap == 0
+            and backend == "auto"
+        ):
+            out, lse = _ops.forward_plain(q, k, v, softmax_scale, left, right)
+            return (out, lse) if return_lse else out
+        max_seqlen_q = _max_seqlen(max_seqlen_q, cu_seqlens_q, q, name, "max_seqlen_q")
+        max_seqlen_k = _max_seqlen(max_seqlen_k, cu_seqlens_k, k, name, "max_seqlen_k")
+        if needs_grad and bias is not None and bias.requires_grad:
+            # The kernels' gradient is of the whole (batch, heads, rows, keys): autograd sums it.
+            batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+            bias = _expand_bias(bias, (batch, q.shape[-2], max_seqlen_q, max_seqlen_k), name)
+        arguments = (
+            *(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k),
+            *(block_table, k_scale, v_scale, max_seqlen_q, max_seqlen_k),
+            *(alibi_slopes, sinks, bias, dropout_seed),
+            *(softmax_scale, softcap, left, right, dropout_p, backend),
+        )
+        if needs_grad:
+            out, lse = _Attention.apply(name, deterministic, *arguments)  # type: ignore[no-untyped-call]
+        else:
             out, lse = _ops.forward(*arguments)
-        except RuntimeError as error:
-            raise _ops.argument_error(error, name) from None
+    except RuntimeError as error:
+        raise _ops.argument_error(error, name) from None
     return (out, lse) if return_lse else out

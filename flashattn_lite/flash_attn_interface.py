@@ -78,8 +78,22 @@ def _attend(
     **lengths: Any,
 ) -> Result:
     """The common part of the functions below."""
-    seqlen_k = lengths.get("max_seqlen_k", k.shape[1] if isinstance(k, Tensor) else 0)
-    window = _flash_window(window_size, seqlen_k)
+    window = (
+        UNBOUNDED
+        if window_size == (-1, -1)
+        else _flash_window(window_size, lengths.get("max_seqlen_k", k.shape[1]))
+    )
+    if not (dropout_p or softcap or return_attn_probs or lengths or alibi_slopes is not None):
+        return attention(  # type: ignore[return-value]
+            q,
+            k,
+            v,
+            causal=causal,
+            window=window,
+            softmax_scale=softmax_scale,
+            deterministic=deterministic,
+            name=name,
+        )
     seed = draw_dropout_seed() if dropout_p > 0 else None
     result = attention(
         q,
