@@ -51,7 +51,7 @@ def _load() -> None:
     except OSError as error:
         raise ImportError(
             f"flashattn_lite: the native library {path} does not load with torch {version} on "
-            f"this machine ({error}); reinstall flashattn_lite here",
+            f"this machine ({error.__cause__ or error}); reinstall flashattn_lite here",
             path=str(path),
         ) from error
     schema = torch.ops.flashattn_lite.forward.default._schema
