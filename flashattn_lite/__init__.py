@@ -16,11 +16,13 @@ from flashattn_lite.flash_attn_interface import (
     flash_attn_varlen_qkvpacked_func,
 )
 from flashattn_lite.inspection import attention_weights
+from flashattn_lite.kv_cache import append_kv_cache, flash_attn_with_kvcache
 from flashattn_lite.merge import flash_attn_combine, merge_attention_states
 
 __all__ = [
     "ArgumentError",
     "__version__",
+    "append_kv_cache",
     "attention",
     "attention_weights",
     "flash_attn_combine",
@@ -30,5 +32,6 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "merge_attention_states",
 ]

@@ -68,6 +68,8 @@ _load()
 forward = torch.ops.flashattn_lite.forward.default
 forward_plain = torch.ops.flashattn_lite.forward_plain.default  # dense, no options: cheaper to call
 backward = torch.ops.flashattn_lite.backward.default
+rotate = torch.ops.flashattn_lite.rotate.default
+append_kv = torch.ops.flashattn_lite.append_kv.default
 build_info = torch.ops.flashattn_lite.build_info.default
 cpu_isa = torch.ops.flashattn_lite.cpu_isa.default
 set_cpu_isa = torch.ops.flashattn_lite.set_cpu_isa.default
@@ -76,7 +78,8 @@ set_cpu_isa = torch.ops.flashattn_lite.set_cpu_isa.default
 def argument_error(error: RuntimeError, name: str) -> Exception:
     """The error that a public function raises for one that an operator raised."""
     text = str(error)
-    for operator in ("flashattn_lite::forward", "flashattn_lite::backward"):
+    for operator in ("forward", "backward", "rotate", "append_kv"):
+        operator = f"flashattn_lite::{operator}"
         if text.startswith(f"{operator}: "):
             return ArgumentError(text.replace(operator, name, 1))
         if text.startswith(f"{operator}() "):  # the dispatcher's: an argument of another type
@@ -118,3 +121,5 @@ def _fake_backward(
 torch.library.register_fake("flashattn_lite::forward", _fake_forward)
 torch.library.register_fake("flashattn_lite::forward_plain", _fake_forward_plain)
 torch.library.register_fake("flashattn_lite::backward", _fake_backward)
+torch.library.register_fake("flashattn_lite::rotate", lambda x, *_: x.new_empty(x.shape))
+torch.library.register_fake("flashattn_lite::append_kv", lambda *_: None)

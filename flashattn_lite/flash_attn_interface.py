@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from flashattn_lite import inspection
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.attention import UNBOUNDED, Window, attention, draw_dropout_seed
+from flashattn_lite.kv_cache import flash_attn_with_kvcache
 from flashattn_lite.merge import flash_attn_combine
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 # out, or (out, softmax_lse, S_dmask) with return_attn_probs.
@@ -288,6 +290,7 @@ def flash_attn_varlen_func(
         lengths |= {"cu_seqlens_k": cu_seqlens_k, "max_seqlen_k": int(max_seqlen_k)}
     else:
         lengths |= {"block_table": block_table, "seqused_k": cu_seqlens_k.diff()}
+        lengths |= {"max_seqlen_k": int(max_seqlen_k)}
     return _attend(
         "flash_attn_varlen_func",
         *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap),

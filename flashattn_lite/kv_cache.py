@@ -1,0 +1,257 @@
+"""Attention over a KV cache: flash_attn's ``flash_attn_with_kvcache``, contiguous or paged.
+
+A cache addressed by ``cache_batch_idx`` is a paged one whose pages hold a whole sequence each, so
+there is one way to find a key: the block table.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashattn_lite import _ops
+from flashattn_lite._ops import ArgumentError
+from flashattn_lite.attention import attention
+
+__all__ = ["append_kv_cache", "flash_attn_with_kvcache"]
+
+_NAME = "flash_attn_with_kvcache"
+
+
+def append_kv_cache(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool = True,
+    name: str = "append_kv_cache",
+) -> None:
+    """Writes new keys and values into a cache, in place: exactly rows cache_seqlens[b] + i.
+
+    Args:
+        k: (batch, seqlen, heads_k, head_dim), or (total, heads_k, head_dim) with cu_seqlens.
+        v: like k; its head_dim may differ.
+        k_cache: (batch, capacity, heads_k, head_dim), or (num_pages, page_size, heads_k, head_dim)
+            with block_table. Of k's dtype, int8 or float8_e4m3fn.
+        v_cache: like k_cache.
+        cache_seqlens: int32 (batch), rows already in the cache, left padding included.
+        block_table: int32 (batch, max_pages).
+        cu_seqlens: int32 (batch + 1), offsets of the sequences in k.
+        max_seqlen: the longest sequence in k, with cu_seqlens; default: all rows of k.
+        k_scale: float32 k_cache.shape[:3], with a quantised cache: receives each new row's factor,
+            max |k| / 127 (int8) or / 448 (float8_e4m3fn).
+        v_scale: the same for v.
+        rotary_cos: (positions, rotary_dim / 2); k's row i is rotated for position
+            cache_seqlens[b] + i.
+        rotary_sin: like rotary_cos.
+        rotary_interleaved: pairs are (2p, 2p + 1) (GPT-J), or (p, p + rotary_dim / 2) (GPT-NeoX).
+        name: what error messages begin with.
+
+    Raises:
+        ArgumentError: when rows would not fit, or an argument cannot be used. Nothing is written.
+
+    >>> cache = torch.zeros(1, 4, 1, 2)
+    >>> new = torch.ones(1, 1, 1, 2)
+    >>> append_kv_cache(new, new, cache, cache.clone(), torch.tensor([2], dtype=torch.int32))
+    >>> cache[0, :, 0, 0].tolist()
+    [0.0, 0.0, 1.0, 0.0]
+    """
+    k, v = _unit_last(k), _unit_last(v)
+    longest = k.shape[0] if max_seqlen is None else max_seqlen
+    try:
+        _ops.append_kv(
+            *(k, v, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens, longest),
+            *(k_scale, v_scale, rotary_cos, rotary_sin, rotary_interleaved),
+        )
+    except RuntimeError as error:
+        raise _ops.argument_error(error, name) from None
+
+
+def rotate(
+    x: Tensor,
+    rotary_cos: Tensor,
+    rotary_sin: Tensor,
+    offsets: Tensor | None,
+    *,
+    advance: bool,
+    interleaved: bool,
+    name: str,
+) -> Tensor:
+    """x (batch, seqlen, heads, head_dim), rotated for positions offsets[b] + i, or offsets[b] for
+    every row when advance is false."""
+    try:
+        rotated: Tensor = _ops.rotate(
+            *(_unit_last(x), rotary_cos, rotary_sin, None, offsets, x.shape[1]),
+            *(interleaved, advance),
+        )
+    except RuntimeError as error:
+        raise _ops.argument_error(error, name) from None
+    return rotated
+
+
+def _unit_last(t: Tensor) -> Tensor:
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _lengths(cache_seqlens: Any, q: Tensor) -> Tensor | None:
+    if cache_seqlens is None or isinstance(cache_seqlens, Tensor):
+        return cache_seqlens
+    return torch.full((q.shape[0],), int(cache_seqlens), dtype=torch.int32, device=q.device)
+
+
+@torch.no_grad()
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: Tensor | int | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Any = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of q over a KV cache, after appending k and v to it, if given. No gradient.
+
+    Args:
+        q: (batch, seqlen_q, heads_q, head_dim).
+        k_cache: (batch_cache, capacity, heads_k, head_dim), or
+            (num_pages, page_size, heads_k, head_dim) with block_table; any page size.
+        v_cache: like k_cache; its head_dim may differ.
+        k: (batch, seqlen_new, heads_k, head_dim), appended in place at rows cache_seqlens[b] + i.
+        v: like k.
+        rotary_cos: (positions, rotary_dim / 2), applied to k at position cache_seqlens[b] + i, and
+            to q at the same positions when causal or windowed, else at cache_seqlens[b].
+        rotary_sin: like rotary_cos.
+        cache_seqlens: int32 (batch) or an int: rows in the cache before appending, left padding
+            included. Default: the whole cache.
+        cache_batch_idx: int32 (batch), the cache's batch entry of each q; not with block_table.
+        cache_leftpad: int32 (batch), rows to skip at the start of each sequence.
+        block_table: int32 (batch, max_pages), the physical page of each logical page.
+        softmax_scale: default 1 / sqrt(head_dim).
+        causal: bottom-right: row i sees keys up to i + length - seqlen_q, where length =
+            cache_seqlens + seqlen_new - cache_leftpad.
+        window_size: (left, right), inclusive; negative is unbounded, and so is a side >= capacity.
+        softcap: scores become softcap * tanh(score / softcap); 0 is off.
+        rotary_interleaved: pairs are (2p, 2p + 1) (GPT-J), or (p, p + rotary_dim / 2) (GPT-NeoX).
+        alibi_slopes: float32 (heads_q) or (batch, heads_q).
+        num_splits: how many parts to split the keys into; 0 chooses. It changes no result.
+        return_softmax_lse: also return the log-sum-exp.
+        sinks: float32 (heads_q), a logit per head that joins the softmax's denominator.
+        k_scale: float32 k_cache.shape[:3], factors of an int8 or float8_e4m3fn cache.
+        v_scale: the same for v_cache.
+        backend: as in ``attention``.
+
+    Returns:
+        out: (batch, seqlen_q, heads_q, head_dim_v); 0 in rows that see nothing.
+        softmax_lse: float32 (batch, heads_q, seqlen_q), natural log; +inf in rows that see nothing.
+
+    Raises:
+        ArgumentError: (a ValueError and a RuntimeError) for an argument that cannot be used; then
+            nothing has been written to the cache.
+
+    >>> cache = torch.zeros(2, 16, 1, 8)
+    >>> q, k = torch.ones(2, 1, 4, 8), torch.ones(2, 1, 1, 8)
+    >>> flash_attn_with_kvcache(q, cache, cache.clone(), k, k, cache_seqlens=3).shape
+    torch.Size([2, 1, 4, 8])
+
+    Source: the flash_attn package, version 2.8.
+    """
+    if (k is None) != (v is None):
+        raise ArgumentError(f"{_NAME}: k and v go together; only one of them is given")
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ArgumentError(f"{_NAME}: rotary_cos and rotary_sin go together")
+    if k is not None and cache_seqlens is None:
+        raise ArgumentError(f"{_NAME}: k is given, which needs cache_seqlens to say where it goes")
+    if rotary_cos is not None and k is None:
+        raise ArgumentError(f"{_NAME}: rotary_cos is given, which needs k and v to append")
+    if cache_batch_idx is not None and block_table is not None:
+        raise ArgumentError(f"{_NAME}: cache_batch_idx does not go with block_table")
+    if num_splits < 0:
+        raise ArgumentError(f"{_NAME}: num_splits is {num_splits}; it must be >= 0 (0 chooses)")
+    if k_cache.dim() != 4:
+        raise ArgumentError(f"{_NAME}: k_cache has shape {tuple(k_cache.shape)}; it must be 4-D")
+    for argument, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.stride(-1) != 1 and cache.shape[-1] > 1:
+            raise ArgumentError(f"{_NAME}: {argument} must have unit stride in its last dimension")
+
+    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    left, right = (int(side) for side in window_size)
+    window = (
+        None if left < 0 or left >= capacity else left,
+        None if right < 0 or right >= capacity else right,
+    )
+    lengths = _lengths(cache_seqlens, q)
+    if cache_batch_idx is not None:
+        block_table = cache_batch_idx.to(torch.int32)[:, None]
+    if k is not None and v is not None and lengths is not None:
+        append_kv_cache(
+            *(k, v, k_cache, v_cache, lengths),
+            block_table=block_table,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            rotary_interleaved=rotary_interleaved,
+            name=_NAME,
+        )
+        if rotary_cos is not None and rotary_sin is not None:
+            q = rotate(
+                *(q, rotary_cos, rotary_sin, lengths),
+                advance=causal or window != (None, None),
+                interleaved=rotary_interleaved,
+                name=_NAME,
+            )
+        lengths = lengths + k.shape[1]
+    if lengths is None and block_table is not None:
+        lengths = torch.full((q.shape[0],), capacity, dtype=torch.int32, device=q.device)
+    result = attention(
+        q,
+        k_cache,
+        v_cache,
+        causal=causal,
+        window=window,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        seqused_k=lengths,
+        leftpad_k=cache_leftpad,
+        block_table=block_table,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        return_lse=return_softmax_lse,
+        backend=backend,
+        name=_NAME,
+    )
+    if isinstance(result, Tensor):
+        return result
+    out, lse = result
+    return out, torch.where(lse == -math.inf, math.inf, lse)
