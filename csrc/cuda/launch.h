@@ -27,13 +27,13 @@ template <class... Params, class... Args>
   (void)stream;
   struct Call {
     void (*kernel)(Params...);
-    std::tuple<Params...>* params;
-  } call{kernel, &params};
+    std::tuple<Params...> params;
+  } call{kernel, params};
   const auto run = [](void* data) {
     const Call* c = static_cast<const Call*>(data);
-    std::apply(c->kernel, *c->params);
+    std::apply(c->kernel, c->params);
   };
-  return simt::launch(run, &call, &params, sizeof(params), grid, block, smem_bytes);
+  return simt::launch(run, &call, sizeof(call), grid, block, smem_bytes);
 #else
   const void* function = reinterpret_cast<const void*>(kernel);
   if (smem_bytes > kDefaultDynamicSmem) {

@@ -43,8 +43,8 @@ void cp_async(uint32_t to, const void* from, int bytes, int source_bytes) {
   if (!config().account) return;
   AccessLog& log = block.warp_of(fiber).log;
   if (source_bytes)
-    log.push_back({pc, uint64_t(from), uint8_t(fiber.lane), uint8_t(source_bytes),
-                   AccessKind::kCopySource});
+    log.push_back(
+        {pc, uint64_t(from), uint8_t(fiber.lane), uint8_t(source_bytes), AccessKind::kCopySource});
   log.push_back({pc, to, uint8_t(fiber.lane), uint8_t(bytes), AccessKind::kCopyTarget});
 }
 

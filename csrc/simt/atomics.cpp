@@ -37,12 +37,18 @@ void exchange_fences(Block& block, const void* p) {
 template <class T>
 T apply(AtomicOp op, T old, T value, T compare) {
   switch (op) {
-    case AtomicOp::kAdd: return T(old + value);
-    case AtomicOp::kMin: return value < old ? value : old;
-    case AtomicOp::kMax: return old < value ? value : old;
-    case AtomicOp::kExchange: return value;
-    case AtomicOp::kCompareSwap: return old == compare ? value : old;
-    default: break;
+    case AtomicOp::kAdd:
+      return T(old + value);
+    case AtomicOp::kMin:
+      return value < old ? value : old;
+    case AtomicOp::kMax:
+      return old < value ? value : old;
+    case AtomicOp::kExchange:
+      return value;
+    case AtomicOp::kCompareSwap:
+      return old == compare ? value : old;
+    default:
+      break;
   }
   uint64_t a = 0, b = 0;  // the bitwise ones
   std::memcpy(&a, &old, sizeof(T));
@@ -91,11 +97,16 @@ uint64_t atomic(void* p, AtomicType type, AtomicOp op, uint64_t value, uint64_t 
   std::lock_guard<std::mutex> guard(atomic_lock);
   if (uintptr_t(p) - uintptr_t(entry.block.arena) >= kArenaBytes) exchange_fences(entry.block, p);
   switch (type) {
-    case AtomicType::kInt32: return update<int32_t>(p, op, value, compare);
-    case AtomicType::kUint32: return update<uint32_t>(p, op, value, compare);
-    case AtomicType::kUint64: return update<uint64_t>(p, op, value, compare);
-    case AtomicType::kFloat: return update<float>(p, op, value, compare);
-    case AtomicType::kDouble: return update<double>(p, op, value, compare);
+    case AtomicType::kInt32:
+      return update<int32_t>(p, op, value, compare);
+    case AtomicType::kUint32:
+      return update<uint32_t>(p, op, value, compare);
+    case AtomicType::kUint64:
+      return update<uint64_t>(p, op, value, compare);
+    case AtomicType::kFloat:
+      return update<float>(p, op, value, compare);
+    case AtomicType::kDouble:
+      return update<double>(p, op, value, compare);
   }
   return 0;
 }

@@ -6,7 +6,8 @@
 
 namespace fal::simt {
 
-// ---- vector clocks -------------------------------------------------------------------------------------
+// ---- vector clocks
+// -------------------------------------------------------------------------------------
 
 // What `thread` knows goes into `to`; its later accesses belong to a new time.
 void release_clock(Block& block, uint32_t thread, std::vector<uint32_t>& to) {
@@ -23,7 +24,8 @@ void acquire_clock(Block& block, uint32_t thread, const std::vector<uint32_t>& f
   for (int i = 0; i < block.agents; i++) row[i] = std::max(row[i], from[i]);
 }
 
-// ---- barriers ------------------------------------------------------------------------------------------
+// ---- barriers
+// ------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -51,8 +53,8 @@ void arrive(Block& block, Fiber& fiber, int id, int threads, int value, Pc pc) {
            block.threads);
   if (barrier.arrived && barrier.expected != threads)
     report(pc, "barrier-count",
-           "barrier %d: this thread expects %d threads, one that waits at %s expects %d", id, threads,
-           where(barrier.pc).c_str(), barrier.expected);
+           "barrier %d: this thread expects %d threads, one that waits at %s expects %d", id,
+           threads, where(barrier.pc).c_str(), barrier.expected);
   note_warp_arrival(block, barrier, fiber, id, pc);
   barrier.expected = threads;
   barrier.arrived++;

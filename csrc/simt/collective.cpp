@@ -6,8 +6,8 @@
 
 namespace fal::simt {
 
-void collective(Entry& entry, Pc pc, const char* name, CollectiveBody body, void* arg, uint32_t mask,
-                bool aligned) {
+void collective(Entry& entry, Pc pc, const char* name, CollectiveBody body, void* arg,
+                uint32_t mask, bool aligned) {
   Block& block = entry.block;
   Fiber& fiber = entry.fiber;
   Warp& warp = block.warp_of(fiber);
@@ -33,8 +33,8 @@ void collective(Entry& entry, Pc pc, const char* name, CollectiveBody body, void
            name, mask, warp.arrived, warp.name, warp.mask, where(warp.pc).c_str());
     abandon_block();
   } else if (aligned && warp.pc != pc && !same_place(warp.pc, pc)) {
-    report(pc, "divergent-collective", "%s: lanes %08x of the warp wait in it elsewhere, at %s", name,
-           warp.arrived, where(warp.pc).c_str());
+    report(pc, "divergent-collective", "%s: lanes %08x of the warp wait in it elsewhere, at %s",
+           name, warp.arrived, where(warp.pc).c_str());
   }
   warp.arrived |= bit;
   warp.args[fiber.lane] = arg;
@@ -50,7 +50,8 @@ void collective(Entry& entry, Pc pc, const char* name, CollectiveBody body, void
     wake(block, fiber.warp * kWarpSize + __builtin_ctz(others));
 }
 
-// ---- shuffles and votes --------------------------------------------------------------------------------
+// ---- shuffles and votes
+// --------------------------------------------------------------------------------
 
 namespace {
 struct Shuffle {

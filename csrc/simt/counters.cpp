@@ -24,7 +24,8 @@ int sectors(const Request& request, int* ideal) {
   for (uint64_t address : request.address) {
     if (address == kNoAddress) continue;
     active++;
-    for (uint64_t s = address / kSectorBytes; s <= (address + request.bytes - 1) / kSectorBytes; s++)
+    for (uint64_t s = address / kSectorBytes; s <= (address + request.bytes - 1) / kSectorBytes;
+         s++)
       touched[count++] = s;
   }
   std::sort(touched, touched + count);
@@ -36,8 +37,8 @@ int sectors(const Request& request, int* ideal) {
 }  // namespace
 
 const char* name_of(AccessKind kind) {
-  constexpr const char* kNames[] = {"ld.global", "st.global",        "cp.async source", "ld.shared",
-                                    "st.shared", "cp.async target",  "ldmatrix",        "stmatrix"};
+  constexpr const char* kNames[] = {"ld.global", "st.global",       "cp.async source", "ld.shared",
+                                    "st.shared", "cp.async target", "ldmatrix",        "stmatrix"};
   return kNames[int(kind)];
 }
 

@@ -1,7 +1,7 @@
-// Device memory: buffers that the emulator allocates (NaN-filled, with red zones) or that the caller
-// registers. Every access is checked against the buffers' bounds and counted; accesses to writable
-// buffers are checked for races, within a block by its vector clocks and between the blocks of a
-// launch, which only atomics (or atomics behind __threadfence) may order.
+// Device memory: buffers that the emulator allocates (NaN-filled, with red zones) or that the
+// caller registers. Every access is checked against the buffers' bounds and counted; accesses to
+// writable buffers are checked for races, within a block by its vector clocks and between the
+// blocks of a launch, which only atomics (or atomics behind __threadfence) may order.
 #include "device_memory.h"
 
 #include <link.h>
@@ -33,9 +33,9 @@ Buffer* find_buffer(uintptr_t address) {  // the last one that begins at or befo
 }
 
 void insert_buffer(std::unique_ptr<Buffer> buffer) {
-  const auto at = std::upper_bound(
-      buffers.begin(), buffers.end(), buffer->begin,
-      [](uintptr_t a, const std::unique_ptr<Buffer>& b) { return a < b->begin; });
+  const auto at =
+      std::upper_bound(buffers.begin(), buffers.end(), buffer->begin,
+                       [](uintptr_t a, const std::unique_ptr<Buffer>& b) { return a < b->begin; });
   buffers.insert(at, std::move(buffer));
 }
 
@@ -48,8 +48,7 @@ void keep_traffic(const Buffer& buffer) {
 void release(Buffer& buffer) {
   keep_traffic(buffer);
   if (buffer.owned)
-    munmap(reinterpret_cast<void*>(buffer.begin - kRedZone),
-           buffer.bytes() + 2 * kRedZone);
+    munmap(reinterpret_cast<void*>(buffer.begin - kRedZone), buffer.bytes() + 2 * kRedZone);
 }
 
 size_t shadow_bytes(const Buffer& buffer) {
@@ -75,7 +74,8 @@ void prepare_buffers() {
   }
 }
 
-// ---- buffers -------------------------------------------------------------------------------------------
+// ---- buffers
+// -------------------------------------------------------------------------------------------
 
 void* allocate(size_t bytes, const std::string& name) {
   void* memory = mmap(nullptr, bytes + 2 * kRedZone, PROT_READ | PROT_WRITE,
@@ -83,7 +83,8 @@ void* allocate(size_t bytes, const std::string& name) {
   if (memory == MAP_FAILED) return nullptr;
   uint8_t* data = static_cast<uint8_t*>(memory) + kRedZone;
   std::memset(data, 0xff, bytes);
-  insert_buffer(std::make_unique<Buffer>(uintptr_t(data), uintptr_t(data) + bytes, name, true, true));
+  insert_buffer(
+      std::make_unique<Buffer>(uintptr_t(data), uintptr_t(data) + bytes, name, true, true));
   return data;
 }
 
@@ -137,7 +138,8 @@ void clear_traffic() {
   for (const auto& buffer : buffers) buffer->read_bytes = buffer->written_bytes = 0;
 }
 
-// ---- races ---------------------------------------------------------------------------------------------
+// ---- races
+// ---------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -228,7 +230,8 @@ void check_race(Buffer& buffer, uintptr_t address, int bytes, const Accessor& no
   }
 }
 
-// ---- what is not device memory, but may be read -----------------------------------------------------------
+// ---- what is not device memory, but may be read
+// -----------------------------------------------------------
 
 struct ImageSearch {
   uintptr_t address, begin, end;
@@ -237,7 +240,7 @@ struct ImageSearch {
 int search_image(dl_phdr_info* info, size_t, void* data) {
   auto& search = *static_cast<ImageSearch*>(data);
   for (int i = 0; i < info->dlpi_phnum; i++) {
-    const ElfW(Phdr)& segment = info->dlpi_phdr[i];
+    const ElfW(Phdr) & segment = info->dlpi_phdr[i];
     if (segment.p_type != PT_LOAD) continue;
     const uintptr_t begin = info->dlpi_addr + segment.p_vaddr, end = begin + segment.p_memsz;
     if (search.address < begin || search.address >= end) continue;
@@ -281,8 +284,8 @@ void report_stray(uintptr_t address, int bytes, const Buffer* before, Pc pc, con
            "%s of %d bytes, %zu bytes before the start of buffer '%s' (%zu bytes)", what, bytes,
            ahead, after->name.c_str(), after->bytes());
   else
-    report(pc, "global-out-of-bounds", "%s of %d bytes at %p, which is no device buffer", what, bytes,
-           reinterpret_cast<void*>(address));
+    report(pc, "global-out-of-bounds", "%s of %d bytes at %p, which is no device buffer", what,
+           bytes, reinterpret_cast<void*>(address));
 }
 
 }  // namespace
@@ -315,8 +318,7 @@ bool check_global(Block& block, const void* p, int bytes, bool write, Pc pc, con
            buffer->name.c_str(), size_t(address - buffer->begin));
     return false;
   }
-  (write ? buffer->written_bytes : buffer->read_bytes)
-      .fetch_add(bytes, std::memory_order_relaxed);
+  (write ? buffer->written_bytes : buffer->read_bytes).fetch_add(bytes, std::memory_order_relaxed);
   (write ? block.counters.global_store_bytes : block.counters.global_load_bytes) += bytes;
   if (config().check && buffer->shadow) {
     const uint32_t thread = block.current->index;
@@ -326,7 +328,8 @@ bool check_global(Block& block, const void* p, int bytes, bool write, Pc pc, con
   return true;
 }
 
-// ---- what kernels call ---------------------------------------------------------------------------------
+// ---- what kernels call
+// ---------------------------------------------------------------------------------
 
 void load_global(void* to, const void* from, int bytes) {
   Entry entry("a global load");

@@ -66,9 +66,9 @@ cudaError_t fill_device(void* data, int value, size_t bytes);
 void clear_results();
 void reset();
 
-// run(call) is executed once per thread; it calls the kernel with the parameters at `params`.
+// run(call) is executed once per thread; `call` holds the kernel's parameters, in call_bytes bytes.
 // Returns cudaSuccess, or cudaErrorLaunchFailure when a block had to be abandoned.
-cudaError_t launch(void (*run)(void*), void* call, const void* params, size_t params_bytes,
-                   dim3 grid, dim3 block, size_t smem_bytes);
+cudaError_t launch(void (*run)(void*), void* call, size_t call_bytes, dim3 grid, dim3 block,
+                   size_t smem_bytes);
 
 }  // namespace fal::simt

@@ -114,7 +114,8 @@ struct Mma {
 };
 
 void unpack(uint32_t word, bool bf16, float* to) {
-  for (int half = 0; half < 2; half++) to[half] = element_to_float(uint16_t(word >> 16 * half), bf16);
+  for (int half = 0; half < 2; half++)
+    to[half] = element_to_float(uint16_t(word >> 16 * half), bf16);
 }
 
 // Sums in float32, k ascending. The hardware's order and its truncation differ in the last bits.
@@ -176,7 +177,8 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, bool bf16) {
   collective(entry, FAL_SIMT_PC, "mma.sync", run_mma, &mine, kFullMask, true);
 }
 
-// ---- scalar functions with a counter --------------------------------------------------------------------
+// ---- scalar functions with a counter
+// --------------------------------------------------------------------
 
 float ex2(float x) {
   Entry entry("ex2.approx");

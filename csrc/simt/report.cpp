@@ -32,7 +32,8 @@ SiteTable all_sites;
 std::mutex names_lock;
 std::map<Pc, std::string> names;
 
-// Frames of the emulator's own headers, which every call site begins with, and of what calls a kernel.
+// Frames of the emulator's own headers, which every call site begins with, and of what calls a
+// kernel.
 bool is_wrapper_frame(const std::string& line) {
   for (const char* file : {"ptx.cuh:", "ptx_sm90.cuh:", "cuda_names.h:", "cuda_types.h:",
                            "kernel_api.h:", "launch.h:", "tuple:", "invoke.h:"})
@@ -123,7 +124,8 @@ void report(Pc pc, const char* kind, const char* format, ...) {
   std::lock_guard<std::mutex> guard(results_lock);
   for (const Found& other : found)
     if (other.pc == pc && other.kind == kind) return;
-  if (int(found.size()) < active_config.max_reports) found.push_back({kind, std::string(text) + who, pc});
+  if (int(found.size()) < active_config.max_reports)
+    found.push_back({kind, std::string(text) + who, pc});
 }
 
 void report_uninitialised(Pc pc, const char* what) {
@@ -131,7 +133,8 @@ void report_uninitialised(Pc pc, const char* what) {
          kUninitialisedWord);
 }
 
-// ---- results -------------------------------------------------------------------------------------------
+// ---- results
+// -------------------------------------------------------------------------------------------
 
 void configure(const Config& config) { active_config = config; }
 const Config& config() { return active_config; }
@@ -219,12 +222,12 @@ std::string summary() {
     text += line;
   }
   for (const Site& s : sites()) {
-    std::snprintf(line, sizeof line,
-                  "%-16s %8llu requests %10llu B %8llu units (ideal %8llu, x%.2f)  %s\n",
-                  s.kind.c_str(), static_cast<unsigned long long>(s.requests),
-                  static_cast<unsigned long long>(s.bytes), static_cast<unsigned long long>(s.units),
-                  static_cast<unsigned long long>(s.ideal),
-                  double(s.units) / double(s.ideal ? s.ideal : 1), s.where.c_str());
+    std::snprintf(
+        line, sizeof line, "%-16s %8llu requests %10llu B %8llu units (ideal %8llu, x%.2f)  %s\n",
+        s.kind.c_str(), static_cast<unsigned long long>(s.requests),
+        static_cast<unsigned long long>(s.bytes), static_cast<unsigned long long>(s.units),
+        static_cast<unsigned long long>(s.ideal), double(s.units) / double(s.ideal ? s.ideal : 1),
+        s.where.c_str());
     text += line;
   }
   return text;

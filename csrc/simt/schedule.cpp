@@ -55,7 +55,8 @@ uint32_t Block::random(uint32_t n) {
   return uint32_t(random_state >> 33) % n;
 }
 
-// ---- choosing who runs -------------------------------------------------------------------------------
+// ---- choosing who runs
+// -------------------------------------------------------------------------------
 
 namespace {
 
@@ -101,7 +102,8 @@ void exit_fiber(Block& block, Fiber& fiber) {
     report(copy.pc, "cp.async-unwaited", "the thread exits with this copy in flight");
   }
   if (!fiber.open_stores.empty())
-    report(fiber.open_stores[0].pc, "tma-uncommitted", "the thread exits before committing this store");
+    report(fiber.open_stores[0].pc, "tma-uncommitted",
+           "the thread exits before committing this store");
   if (!warp.wgmma.groups.empty() || !warp.wgmma.open.empty()) {
     const WgmmaOp& op = warp.wgmma.groups.empty() ? warp.wgmma.open[0] : warp.wgmma.groups[0][0];
     report(op.pc, "wgmma-unwaited", "the warp exits with this wgmma in flight");
@@ -149,7 +151,8 @@ void abandon_block() {
   std::abort();  // an abandoned fiber is never chosen
 }
 
-// ---- one block -----------------------------------------------------------------------------------------
+// ---- one block
+// -----------------------------------------------------------------------------------------
 
 namespace {
 
@@ -202,7 +205,8 @@ void start_block(Block& block, const Launch& launch, uint32_t index) {
   }
 }
 
-// "warp 2, lanes 0000ffff wait in barrier at a.cu:12 (threads 64-79)", one entry per warp and place.
+// "warp 2, lanes 0000ffff wait in barrier at a.cu:12 (threads 64-79)", one entry per warp and
+// place.
 std::string describe_waiting(Block& block) {
   std::string text;
   for (uint32_t w = 0; w < block.warps.size(); w++) {
@@ -216,7 +220,8 @@ std::string describe_waiting(Block& block) {
           same |= 1u << fiber.lane;
       }
       char head[96];
-      std::snprintf(head, sizeof head, "\n  warp %u lanes %08x wait in %s", w, same, first.waits_in);
+      std::snprintf(head, sizeof head, "\n  warp %u lanes %08x wait in %s", w, same,
+                    first.waits_in);
       text += head + (" at " + where(first.waits_at));
       left &= ~same;
     }
@@ -238,10 +243,11 @@ std::string describe_waiting(Block& block) {
   for (const Mbarrier& barrier : block.mbarriers) {
     if (barrier.waiters.empty()) continue;
     char line[128];
-    std::snprintf(line, sizeof line,
-                  "\n  mbarrier at shared offset %u: phase %u, %d of %d arrivals and %lld bytes missing",
-                  barrier.address - kSharedBase, barrier.phase, barrier.pending, barrier.count,
-                  static_cast<long long>(barrier.bytes));
+    std::snprintf(
+        line, sizeof line,
+        "\n  mbarrier at shared offset %u: phase %u, %d of %d arrivals and %lld bytes missing",
+        barrier.address - kSharedBase, barrier.phase, barrier.pending, barrier.count,
+        static_cast<long long>(barrier.bytes));
     text += line;
   }
   return text;
@@ -285,12 +291,13 @@ bool valid_shape(const dim3& grid, const dim3& block, size_t smem_bytes) {
 
 }  // namespace
 
-cudaError_t launch(void (*run)(void*), void* call, const void* params, size_t params_bytes,
-                   dim3 grid, dim3 block_shape, size_t smem_bytes) {
+cudaError_t launch(void (*run)(void*), void* call, size_t call_bytes, dim3 grid, dim3 block_shape,
+                   size_t smem_bytes) {
   static std::atomic<uint32_t> launches{0};
   if (!valid_shape(grid, block_shape, smem_bytes)) return cudaErrorInvalidConfiguration;
-  const Launch launch{run, call, uintptr_t(params), uintptr_t(params) + params_bytes, grid,
-                      block_shape, smem_bytes, ++launches};
+  const uintptr_t params = uintptr_t(call);
+  const Launch launch{run,  call,        params,     params + call_bytes,
+                      grid, block_shape, smem_bytes, ++launches};
   prepare_buffers();
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   std::atomic<uint64_t> next{0};
@@ -316,7 +323,8 @@ cudaError_t launch(void (*run)(void*), void* call, const void* params, size_t pa
   return failed ? cudaErrorLaunchFailure : cudaSuccess;
 }
 
-// ---- the running thread --------------------------------------------------------------------------------
+// ---- the running thread
+// --------------------------------------------------------------------------------
 
 uint3 thread_idx() { return current_block->current->thread; }
 uint3 block_idx() { return current_block->id; }

@@ -13,9 +13,9 @@ struct SharedCell {
   enum Flag : uint8_t {
     kWritten0 = 1,  // byte 0 holds a value
     kWritten1 = 2,
-    kPending = 4,   // an asynchronous copy into it is in flight
-    kGeneric = 8,   // last written by ordinary stores: needs fence.proxy.async before wgmma or TMA
-    kAtomic = 16,   // last written by an atomic
+    kPending = 4,  // an asynchronous copy into it is in flight
+    kGeneric = 8,  // last written by ordinary stores: needs fence.proxy.async before wgmma or TMA
+    kAtomic = 16,  // last written by an atomic
   };
   struct Reader {
     uint32_t time;  // 0: none

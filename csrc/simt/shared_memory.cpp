@@ -1,5 +1,5 @@
-// A block's shared memory: one arena that holds the dynamic part and the static variables, red zones
-// between them, and the shadow that finds races, uninitialised reads and reads of what an
+// A block's shared memory: one arena that holds the dynamic part and the static variables, red
+// zones between them, and the shadow that finds races, uninitialised reads and reads of what an
 // asynchronous copy has yet to deliver.
 #include <algorithm>
 #include <cstdio>
@@ -77,8 +77,8 @@ void record_write(SharedCell& cell, uint32_t mask, uint32_t agent, uint32_t time
 bool write_conflict(Block& block, const SharedCell& cell, uint32_t address, uint32_t mask,
                     uint32_t thread, bool atomic, Pc pc, const char* what) {
   if (cell.flags & SharedCell::kPending) {
-    report(pc, "async-in-flight", "%s writes %s while an asynchronous copy into it is in flight", what,
-           describe_address(block, address).c_str());
+    report(pc, "async-in-flight", "%s writes %s while an asynchronous copy into it is in flight",
+           what, describe_address(block, address).c_str());
     return true;
   }
   if (cell.async_reads) {
@@ -111,7 +111,8 @@ bool write_conflict(Block& block, const SharedCell& cell, uint32_t address, uint
 
 }  // namespace
 
-// ---- the arena -----------------------------------------------------------------------------------------
+// ---- the arena
+// -----------------------------------------------------------------------------------------
 
 uint8_t* dynamic_smem() { return current_block->arena; }
 
@@ -126,8 +127,7 @@ void* static_smem(int site, size_t bytes, size_t align, const char* name) {
   const auto known = block.statics.find(site);
   if (known != block.statics.end()) return block.arena + known->second;
   const size_t alignment = std::max<size_t>(align, 16);
-  const size_t begin =
-      (block.arena_used + kRedZone + alignment - 1) / alignment * alignment;
+  const size_t begin = (block.arena_used + kRedZone + alignment - 1) / alignment * alignment;
   const size_t end = begin + bytes;
   size_t statics = bytes;
   for (size_t i = 1; i < block.regions.size(); i++)
@@ -175,7 +175,8 @@ bool shared_in_bounds(Block& block, uint32_t address, int bytes, Pc pc, const ch
   return false;
 }
 
-// ---- the shadow ----------------------------------------------------------------------------------------
+// ---- the shadow
+// ----------------------------------------------------------------------------------------
 
 void note_shared_read(Block& block, uint32_t address, int bytes, uint32_t thread, Pc pc,
                       const char* what) {
@@ -183,9 +184,10 @@ void note_shared_read(Block& block, uint32_t address, int bytes, uint32_t thread
   const uint32_t now = block.clock(thread);
   Cells(block, address, bytes).each([&](SharedCell& cell, uint32_t at, uint32_t mask) {
     if (cell.flags & SharedCell::kPending) {
-      report(pc, "async-in-flight", "%s reads %s while an asynchronous copy into it, issued by %s, "
-             "is in flight", what, describe_address(block, at).c_str(),
-             describe_agent(block, cell.writer).c_str());
+      report(pc, "async-in-flight",
+             "%s reads %s while an asynchronous copy into it, issued by %s, "
+             "is in flight",
+             what, describe_address(block, at).c_str(), describe_agent(block, cell.writer).c_str());
       return false;
     }
     if ((cell.flags & mask) != mask) {
@@ -249,7 +251,8 @@ void note_async_landed(Block& block, uint32_t address, int bytes, uint32_t agent
   });
 }
 
-// ---- what kernels call ---------------------------------------------------------------------------------
+// ---- what kernels call
+// ---------------------------------------------------------------------------------
 
 void load_shared(void* to, uint32_t from, int bytes) {
   Entry entry("a shared load");
@@ -261,8 +264,9 @@ void load_shared(void* to, uint32_t from, int bytes) {
   note_shared_read(block, from, bytes, entry.fiber.index, FAL_SIMT_PC, "ld.shared");
   std::memcpy(to, block.shared(from), bytes);
   if (config().account)
-    block.warp_of(entry.fiber).log.push_back({FAL_SIMT_PC, from, uint8_t(entry.fiber.lane),
-                                              uint8_t(bytes), AccessKind::kSharedLoad});
+    block.warp_of(entry.fiber)
+        .log.push_back({FAL_SIMT_PC, from, uint8_t(entry.fiber.lane), uint8_t(bytes),
+                        AccessKind::kSharedLoad});
 }
 
 void store_shared(uint32_t to, const void* from, int bytes) {
@@ -277,8 +281,9 @@ void store_shared(uint32_t to, const void* from, int bytes) {
   note_shared_write(block, to, bytes, entry.fiber.index, FAL_SIMT_PC, "st.shared");
   std::memcpy(block.shared(to), from, bytes);
   if (config().account)
-    block.warp_of(entry.fiber).log.push_back({FAL_SIMT_PC, to, uint8_t(entry.fiber.lane),
-                                              uint8_t(bytes), AccessKind::kSharedStore});
+    block.warp_of(entry.fiber)
+        .log.push_back(
+            {FAL_SIMT_PC, to, uint8_t(entry.fiber.lane), uint8_t(bytes), AccessKind::kSharedStore});
 }
 
 }  // namespace fal::simt

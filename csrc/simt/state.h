@@ -193,23 +193,27 @@ class Entry {
   Fiber& fiber;
 };
 
-// ---- scheduling (schedule.cpp) -----------------------------------------------------------------------
+// ---- scheduling (schedule.cpp)
+// -----------------------------------------------------------------------
 void block_current(const char* why, Pc pc);  // until wake()
 void wake(Block& block, uint32_t thread);
 [[noreturn]] void abandon_block();  // after a report: this block cannot go on
 
-// ---- vector clocks (barrier.cpp) ---------------------------------------------------------------------
+// ---- vector clocks (barrier.cpp)
+// ---------------------------------------------------------------------
 void release_clock(Block& block, uint32_t thread, std::vector<uint32_t>& to);
 void acquire_clock(Block& block, uint32_t thread, const std::vector<uint32_t>& from);
 void complete_barrier_if_full(Block& block, int id);  // also when a thread exits
 
-// ---- collectives (collective.cpp) --------------------------------------------------------------------
-// `aligned`: all lanes must come from the same place in the source.
-void collective(Entry& entry, Pc pc, const char* name, CollectiveBody body, void* arg, uint32_t mask,
-                bool aligned);
+// ---- collectives (collective.cpp)
+// -------------------------------------------------------------------- `aligned`: all lanes must
+// come from the same place in the source.
+void collective(Entry& entry, Pc pc, const char* name, CollectiveBody body, void* arg,
+                uint32_t mask, bool aligned);
 
-// ---- memory ------------------------------------------------------------------------------------------
-// Shared (shared_memory.cpp). `thread` is checked; the write is recorded as (agent, time).
+// ---- memory
+// ------------------------------------------------------------------------------------------ Shared
+// (shared_memory.cpp). `thread` is checked; the write is recorded as (agent, time).
 bool shared_in_bounds(Block& block, uint32_t address, int bytes, Pc pc, const char* what,
                       int alignment);
 void note_shared_read(Block& block, uint32_t address, int bytes, uint32_t thread, Pc pc,
@@ -224,12 +228,13 @@ void note_async_landed(Block& block, uint32_t address, int bytes, uint32_t agent
 bool check_global(Block& block, const void* p, int bytes, bool write, Pc pc, const char* what,
                   bool atomic = false, int alignment = 0, bool may_be_host = false);
 
-// ---- asynchronous machinery --------------------------------------------------------------------------
+// ---- asynchronous machinery
+// --------------------------------------------------------------------------
 bool land_one_load(Block& block);  // tma.cpp; false: none in flight
 
-// ---- reports (report.cpp) ----------------------------------------------------------------------------
-void report(Pc pc, const char* kind, const char* format, ...)
-    __attribute__((format(printf, 3, 4)));
+// ---- reports (report.cpp)
+// ----------------------------------------------------------------------------
+void report(Pc pc, const char* kind, const char* format, ...) __attribute__((format(printf, 3, 4)));
 std::string where(Pc pc);
 std::vector<std::string> where_all(const std::vector<Pc>& pcs);
 bool same_place(Pc a, Pc b);  // equal source lines: the compiler may have cloned a call

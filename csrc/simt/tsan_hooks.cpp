@@ -2,8 +2,8 @@
 // these functions before every memory access; the sanitiser's own library is never linked. Locals
 // on the fiber's stack are let through at once.
 //
-// The access itself follows the call, so an access out of bounds can only be prevented by abandoning
-// the block.
+// The access itself follows the call, so an access out of bounds can only be prevented by
+// abandoning the block.
 #include "device_memory.h"
 #include "state.h"
 
@@ -34,7 +34,8 @@ inline void access(const void* p, int bytes, bool write, int alignment, Pc pc) {
   } else {
     if (!check_global(*block, p, bytes, write, pc, what, false, alignment, true)) abandon_block();
     kind = write ? AccessKind::kGlobalStore : AccessKind::kGlobalLoad;
-    if (!block->last_buffer || uintptr_t(p) - block->last_buffer->begin >= block->last_buffer->bytes())
+    if (!block->last_buffer ||
+        uintptr_t(p) - block->last_buffer->begin >= block->last_buffer->bytes())
       logged = 0;  // a parameter or a constant: no traffic
   }
   if (config().account && logged)
@@ -55,18 +56,14 @@ inline void access_range(const void* p, unsigned long bytes, bool write, Pc pc) 
 }  // namespace
 }  // namespace fal::simt
 
-#define FAL_SIMT_HOOKS(n)                                             \
-  extern "C" void __tsan_read##n(void* p) {                           \
-    fal::simt::access(p, n, false, n, FAL_SIMT_PC);                   \
-  }                                                                   \
-  extern "C" void __tsan_write##n(void* p) {                          \
-    fal::simt::access(p, n, true, n, FAL_SIMT_PC);                    \
-  }                                                                   \
-  extern "C" void __tsan_unaligned_read##n(void* p) {                 \
-    fal::simt::access(p, n, false, 1, FAL_SIMT_PC);                   \
-  }                                                                   \
-  extern "C" void __tsan_unaligned_write##n(void* p) {                \
-    fal::simt::access(p, n, true, 1, FAL_SIMT_PC);                    \
+#define FAL_SIMT_HOOKS(n)                                                                     \
+  extern "C" void __tsan_read##n(void* p) { fal::simt::access(p, n, false, n, FAL_SIMT_PC); } \
+  extern "C" void __tsan_write##n(void* p) { fal::simt::access(p, n, true, n, FAL_SIMT_PC); } \
+  extern "C" void __tsan_unaligned_read##n(void* p) {                                         \
+    fal::simt::access(p, n, false, 1, FAL_SIMT_PC);                                           \
+  }                                                                                           \
+  extern "C" void __tsan_unaligned_write##n(void* p) {                                        \
+    fal::simt::access(p, n, true, 1, FAL_SIMT_PC);                                            \
   }
 FAL_SIMT_HOOKS(1)
 FAL_SIMT_HOOKS(2)
