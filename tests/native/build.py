@@ -1,7 +1,7 @@
 """Compiles the native test modules and programs: only what changed, into tests/native/build/.
 
 An output is current when the command that made it, the compiler and every file that it was made
-from are what they were. Builds by concurrent processes are safe: a file appears whole or not at all.
+from are what they were. Concurrent builds are safe: a file appears whole or not at all.
 """
 
 import functools
@@ -77,13 +77,12 @@ def make(output: Path, command: Sequence[str], inputs: Sequence[Path], depfile: 
 def build(
     output: Path, sources: Sequence[Path], compile_flags: Sequence[str], link_flags: Sequence[str]
 ) -> Path:
-    """Compiles each source and links them; flags of one build never meet objects of another."""
-    key = hashlib.sha256("\0".join([CXX, *compile_flags]).encode()).hexdigest()[:12]
+    """Compiles each source and links them; no two builds with different flags share an object."""
     objects = []
     for source in map(Path, sources):
-        path = BUILD / f"{source.stem}-{key}.o"
-        command = [*shlex.split(CXX), *compile_flags, "-c", str(source)]
-        objects.append(make(path, command, [source], depfile=True))
+        command = [*shlex.split(CXX), *compile_flags, "-c", str(source.resolve())]
+        key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:12]
+        objects.append(make(BUILD / f"{source.stem}-{key}.o", command, [source], depfile=True))
     command = [*shlex.split(CXX), *link_flags, *map(str, objects)]
     return make(output, command, objects, depfile=False)
 
