@@ -3,9 +3,10 @@
 // their own; these are for single elements, cold paths and tests.
 #pragma once
 
+#include <math.h>
 #include <string.h>
 
-#include "config.h"
+#include "problem.h"
 
 namespace fal {
 
@@ -88,6 +89,35 @@ FAL_HOST_DEVICE uint8_t float_to_float8_e4m3(float x) {
   if (magnitude > 0x7f800000u) return static_cast<uint8_t>(sign | 0x7fu);
   if (magnitude >= float_bits(kFloat8E4M3Max)) return static_cast<uint8_t>(sign | 0x7eu);
   return static_cast<uint8_t>(sign | narrow_small_float(magnitude, 3, 7));
+}
+
+// One element of a float32, float16 or bfloat16 array whose type is known at run time.
+FAL_HOST_DEVICE float load_element(const void* data, DType dtype, int64_t index) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[index];
+  return dtype == DType::kFloat16 ? float16_to_float(bits) : bfloat16_to_float(bits);
+}
+FAL_HOST_DEVICE void store_element(void* data, DType dtype, int64_t index, float x) {
+  if (dtype == DType::kFloat32) {
+    static_cast<float*>(data)[index] = x;
+  } else {
+    static_cast<uint16_t*>(data)[index] =
+        dtype == DType::kFloat16 ? float_to_float16(x) : float_to_bfloat16(x);
+  }
+}
+
+// Quantised storage: x = stored * scale, with scale = max |row| / quantised_limit.
+FAL_HOST_DEVICE float quantised_limit(DType dtype) {
+  return dtype == DType::kInt8 ? 127.f : kFloat8E4M3Max;
+}
+FAL_HOST_DEVICE uint8_t quantise(float scaled, DType dtype) {
+  if (dtype != DType::kInt8) return float_to_float8_e4m3(scaled);
+  const float rounded = rintf(scaled);  // |scaled| <= 127 by construction; NaN becomes 0
+  return rounded == rounded ? static_cast<uint8_t>(static_cast<int8_t>(rounded)) : uint8_t{0};
+}
+FAL_HOST_DEVICE float dequantise(uint8_t stored, DType dtype) {
+  return dtype == DType::kInt8 ? static_cast<float>(static_cast<int8_t>(stored))
+                               : float8_e4m3_to_float(stored);
 }
 
 }  // namespace fal

@@ -6,7 +6,7 @@
 // rest is copied.
 #pragma once
 
-#include "problem.h"
+#include "convert.h"
 
 namespace fal {
 
@@ -20,12 +20,19 @@ struct Rotary {
   DType dtype;
 };
 
-struct RotaryPair {
-  int32_t first, second;  // elements of the row
-};
-
-FAL_HOST_DEVICE RotaryPair rotary_pair(const Rotary& rotary, int32_t p) {
-  return rotary.interleaved ? RotaryPair{2 * p, 2 * p + 1} : RotaryPair{p, p + rotary.pairs};
+// Element d of the row x[offset ..] rotated for a position; x is of the given dtype.
+FAL_HOST_DEVICE float rotated_element(const Rotary& rotary, const void* x, DType dtype,
+                                      int64_t offset, int64_t position, int32_t d) {
+  const float own = load_element(x, dtype, offset + d);
+  if (!rotary.cos || d >= 2 * rotary.pairs) return own;
+  const int32_t pair = rotary.interleaved ? d / 2 : d % rotary.pairs;
+  const bool second = rotary.interleaved ? d % 2 != 0 : d >= rotary.pairs;
+  const int32_t step = rotary.interleaved ? 1 : rotary.pairs;
+  const float other = load_element(x, dtype, offset + (second ? d - step : d + step));
+  const int64_t angle = position * rotary.row_stride + pair;
+  const float c = load_element(rotary.cos, rotary.dtype, angle);
+  const float s = load_element(rotary.sin, rotary.dtype, angle);
+  return second ? other * s + own * c : own * c - other * s;
 }
 
 // x (batch, row, head, dim) -> out, rotated. Row i of entry b has position offsets[b] + i, or

@@ -2,76 +2,27 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
-
-#include "../core/convert.h"
 
 namespace fal::cpu {
 namespace {
-
-float element(const void* data, DType dtype, int64_t index) {
-  switch (dtype) {
-    case DType::kFloat16:
-      return float16_to_float(static_cast<const uint16_t*>(data)[index]);
-    case DType::kBFloat16:
-      return bfloat16_to_float(static_cast<const uint16_t*>(data)[index]);
-    default:
-      return static_cast<const float*>(data)[index];
-  }
-}
-
-void set_element(void* data, DType dtype, int64_t index, float x) {
-  switch (dtype) {
-    case DType::kFloat16:
-      static_cast<uint16_t*>(data)[index] = float_to_float16(x);
-      break;
-    case DType::kBFloat16:
-      static_cast<uint16_t*>(data)[index] = float_to_bfloat16(x);
-      break;
-    default:
-      static_cast<float*>(data)[index] = x;
-  }
-}
 
 int64_t offset_of(const AnyView& view, int64_t b, int64_t row, int64_t head) {
   return b * view.batch + row * view.row + head * view.head;
 }
 
-void load_row(const AnyView& view, DType dtype, int64_t offset, int32_t dim, float* out) {
-  for (int32_t d = 0; d < dim; ++d) out[d] = element(view.data, dtype, offset + d);
-}
-
-void rotate_row(const Rotary& rotary, int64_t position, float* row) {
-  const int64_t angles = position * rotary.row_stride;
-  for (int32_t p = 0; p < rotary.pairs; ++p) {
-    const RotaryPair pair = rotary_pair(rotary, p);
-    const float c = element(rotary.cos, rotary.dtype, angles + p);
-    const float s = element(rotary.sin, rotary.dtype, angles + p);
-    const float a = row[pair.first], b = row[pair.second];
-    row[pair.first] = a * c - b * s;
-    row[pair.second] = a * s + b * c;
-  }
-}
-
-// Stores one row as the cache keeps it; quantised types get a scale of max |x| / the type's largest
-// value.
+// Stores one row as the cache keeps it.
 void store_row(const AnyView& view, DType dtype, int64_t offset, int32_t dim, const float* row,
                float* scale) {
   if (!scale) {
-    for (int32_t d = 0; d < dim; ++d) set_element(view.data, dtype, offset + d, row[d]);
+    for (int32_t d = 0; d < dim; ++d) store_element(view.data, dtype, offset + d, row[d]);
     return;
   }
   float largest = 0.f;
   for (int32_t d = 0; d < dim; ++d) largest = std::max(largest, std::fabs(row[d]));
-  const float limit = dtype == DType::kInt8 ? 127.f : kFloat8E4M3Max;
+  const float limit = quantised_limit(dtype), inverse = largest > 0.f ? limit / largest : 0.f;
   *scale = largest / limit;
-  const float inverse = largest > 0.f ? limit / largest : 0.f;
   uint8_t* out = static_cast<uint8_t*>(view.data) + offset;
-  for (int32_t d = 0; d < dim; ++d) {
-    out[d] = dtype == DType::kInt8
-                 ? static_cast<uint8_t>(static_cast<int8_t>(std::nearbyint(row[d] * inverse)))
-                 : float_to_float8_e4m3(row[d] * inverse);
-  }
+  for (int32_t d = 0; d < dim; ++d) out[d] = quantise(row[d] * inverse, dtype);
 }
 
 // Calls item(i) for every i in [0, count), split evenly over the pool when there is enough to do.
@@ -103,11 +54,12 @@ void rotate(const RotateProblem& p, const ThreadPool& pool) {
     const int64_t first = p.cu_seqlens ? p.cu_seqlens[b] : 0;
     if (p.cu_seqlens && i >= p.cu_seqlens[b + 1] - first) return;
     const int64_t position = (p.offsets ? p.offsets[b] : 0) + (p.advance ? i : 0);
-    float row[256];
     for (int32_t h = 0; h < p.heads; ++h) {
-      load_row(p.x, p.dtype, offset_of(p.x, b, first + i, h), p.head_dim, row);
-      rotate_row(p.rotary, position, row);
-      store_row(p.out, p.dtype, offset_of(p.out, b, first + i, h), p.head_dim, row, nullptr);
+      const int64_t from = offset_of(p.x, b, first + i, h), to = offset_of(p.out, b, first + i, h);
+      for (int32_t d = 0; d < p.head_dim; ++d) {
+        const float x = rotated_element(p.rotary, p.x.data, p.dtype, from, position, d);
+        store_element(p.out.data, p.dtype, to + d, x);
+      }
     }
   });
 }
@@ -128,11 +80,15 @@ void append(const AppendProblem& p, const ThreadPool& pool) {
     }
     float row[256];
     for (int32_t h = 0; h < p.heads_k; ++h) {
-      load_row(p.k, p.dtype, offset_of(p.k, b, first + i, h), p.head_dim, row);
-      if (p.rotary.cos) rotate_row(p.rotary, position, row);
+      const int64_t k_row = offset_of(p.k, b, first + i, h),
+                    v_row = offset_of(p.v, b, first + i, h);
+      for (int32_t d = 0; d < p.head_dim; ++d) {
+        row[d] = rotated_element(p.rotary, p.k.data, p.dtype, k_row, position, d);
+      }
       store_row(cache.k, cache.dtype, offset_of(cache.k, block, slot, h), p.head_dim, row,
                 cache.k_scale.data ? cache.k_scale.at(block, h, slot) : nullptr);
-      load_row(p.v, p.dtype, offset_of(p.v, b, first + i, h), p.head_dim_v, row);
+      for (int32_t d = 0; d < p.head_dim_v; ++d)
+        row[d] = load_element(p.v.data, p.dtype, v_row + d);
       store_row(cache.v, cache.dtype, offset_of(cache.v, block, slot, h), p.head_dim_v, row,
                 cache.v_scale.data ? cache.v_scale.at(block, h, slot) : nullptr);
     }

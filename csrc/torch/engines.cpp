@@ -4,6 +4,7 @@
 
 #include "../cpu/append.h"
 #include "../cpu/engine.h"
+#include "../cuda/append.h"
 #include "../cuda/engine.h"
 
 namespace fal::torch_binding {
@@ -18,6 +19,10 @@ constexpr Row kEngines[] = {
     {Engine::kCpu, "cpu"}, {Engine::kCudaFlash2, "flash2"}, {Engine::kCudaFlash1, "flash1"}};
 
 #ifdef FAL_WITH_CUDA
+void check_cuda(int error) {
+  FAL_CHECK(error == 0, "flashattn_lite: CUDA error ", error, ": ", cuda::error_string(error));
+}
+
 cuda::Algorithm algorithm(Engine engine) {
   return engine == Engine::kCudaFlash1 ? cuda::Algorithm::kFlash1 : cuda::Algorithm::kFlash2;
 }
@@ -41,9 +46,11 @@ template <class Bytes, class Launch>
 void run_cuda(const Tensor& q, Bytes&& workspace_bytes, Launch&& launch) {
   DeviceGuard guard(q.device_index());
   const Tensor workspace = empty_on(q, {workspace_bytes()}, aoti_torch_dtype_int8());
-  const int error = launch(workspace.data(), current_stream(q.device_index()));
-  FAL_CHECK(error == 0, "flashattn_lite: CUDA error ", error, ": ", cuda::error_string(error));
+  check_cuda(launch(workspace.data(), current_stream(q.device_index())));
 }
+#else
+constexpr const char* kNoCuda =
+    "this build has no CUDA kernels (install with nvcc on PATH, or with FAL_CUDA=1)";
 #endif
 
 // Null when the engine can run it.
@@ -57,7 +64,7 @@ const char* reason_against(Engine engine, const Tensor& q, OnCpu&& on_cpu, OnCud
   return on_cuda(algorithm(engine), capability);
 #else
   (void)on_cuda;
-  return "this build has no CUDA kernels (install with nvcc on PATH, or FAL_CUDA=1)";
+  return kNoCuda;
 #endif
 }
 
@@ -144,12 +151,24 @@ void run_backward(Engine engine, const Tensor& q, const BackwardProblem& problem
 
 void run_rotate(const char* op, const Tensor& anchor, const RotateProblem& problem) {
   if (anchor.is_cpu()) return cpu::rotate(problem, torch_threads());
-  fail(op, ": there is no CUDA kernel for this yet; move the tensors to the CPU");
+#ifdef FAL_WITH_CUDA
+  (void)op;
+  DeviceGuard guard(anchor.device_index());
+  check_cuda(cuda::rotate(problem, current_stream(anchor.device_index())));
+#else
+  fail(op, ": ", kNoCuda);
+#endif
 }
 
 void run_append(const char* op, const Tensor& anchor, const AppendProblem& problem) {
   if (anchor.is_cpu()) return cpu::append(problem, torch_threads());
-  fail(op, ": there is no CUDA kernel for this yet; move the tensors to the CPU");
+#ifdef FAL_WITH_CUDA
+  (void)op;
+  DeviceGuard guard(anchor.device_index());
+  check_cuda(cuda::append(problem, current_stream(anchor.device_index())));
+#else
+  fail(op, ": ", kNoCuda);
+#endif
 }
 
 std::string build_info() {
