@@ -372,7 +372,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tu
     """
     precision = options.get("precision", torch.float64)
     varlen = q.dim() == 3
-    out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=precision)
+    # The sum of nothing: 0, and it ties the result to its inputs, so that gradients exist (and are
+    # zero) when no sequence does.
+    nothing = torch.stack([t[:0].sum().to(precision) for t in (q, k, v)]).sum()
+    out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=precision) + nothing
     shape = (q.shape[1], q.shape[0]) if varlen else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_full(shape, -math.inf, dtype=precision)
     for s, out_s, lse_s, _ in _run(q, k, v, options):
