@@ -153,7 +153,7 @@ FAL_PTX void tma_store_commit() {
 template <int kGroupsLeft>
 FAL_PTX void tma_store_wait_read() {
 #ifdef FAL_SIMT
-  simt::tma_store_wait(kGroupsLeft, true);
+  simt::tma_store_wait(kGroupsLeft);
 #else
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kGroupsLeft) : "memory");
 #endif

@@ -85,7 +85,7 @@ void mbarrier_wait(uint32_t barrier, uint32_t parity);
 void tma_load(uint32_t to, const TensorMap* map, uint32_t barrier, const int* coords, int rank);
 void tma_store(const TensorMap* map, uint32_t from, const int* coords, int rank);
 void tma_store_commit();
-void tma_store_wait(int groups_left, bool read_only);
+void tma_store_wait(int groups_left);
 void fence_proxy_async();
 void setmaxnreg(int registers);
 void wgmma_fence();

@@ -128,9 +128,11 @@ void report(Pc pc, const char* kind, const char* format, ...) {
     found.push_back({kind, std::string(text) + who, pc});
 }
 
-void report_uninitialised(Pc pc, const char* what) {
-  report(pc, "uninitialised-register", "%s was never set: it holds the pattern %08x", what,
-         kUninitialisedWord);
+void report_poison(uint32_t word, Pc pc, const char* what) {
+  if (word == kUninitialisedWord)
+    report(pc, "uninitialised-register", "%s was never set", what);
+  else
+    report(pc, "wgmma-accumulator-touched", "%s is an accumulator of a wgmma in flight", what);
 }
 
 // ---- results

@@ -108,7 +108,9 @@ void exit_fiber(Block& block, Fiber& fiber) {
     const WgmmaOp& op = warp.wgmma.groups.empty() ? warp.wgmma.open[0] : warp.wgmma.groups[0][0];
     report(op.pc, "wgmma-unwaited", "the warp exits with this wgmma in flight");
   }
-  while (!fiber.store_groups.empty()) tma_store_wait(0, false);
+  if (!fiber.store_groups.empty() && !fiber.store_groups[0].empty())
+    report(fiber.store_groups[0][0].pc, "tma-unwaited",
+           "the thread exits with this store in flight, which still reads shared memory");
   fiber.state = FiberState::kDone;
   const uint32_t bit = 1u << fiber.lane;
   warp.alive &= ~bit;

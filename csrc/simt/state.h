@@ -6,6 +6,7 @@
 // synchronised. An access (agent, time) happened before now in thread t iff time <= row t [agent].
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <unordered_map>
@@ -31,6 +32,8 @@ constexpr int kMaxMbarriers = 64;  // per block
 constexpr int kNamedBarriers = 16;
 // Automatic variables without an initialiser hold this (g++ -ftrivial-auto-var-init=pattern).
 constexpr uint32_t kUninitialisedWord = 0xfefefefeu;
+// Accumulators hold this while a wgmma owns them.
+constexpr uint32_t kInFlightWord = 0xfff5fff5u;
 
 struct Block;
 
@@ -98,12 +101,13 @@ struct NamedBarrier {
 };
 
 struct Mbarrier {
-  uint32_t address;
-  int count, pending;
+  uint32_t address = 0;
+  int count = 0, pending = 0;
   int64_t bytes = 0;  // announced and not yet landed
   uint32_t phase = 0;
   std::vector<uint32_t> waiters;
-  std::vector<uint32_t> clock;
+  std::vector<uint32_t> clock;      // what this phase's arrivals knew
+  std::vector<uint32_t> completed;  // what those of ended phases knew
 };
 
 // One TMA load in flight.
@@ -230,7 +234,10 @@ bool check_global(Block& block, const void* p, int bytes, bool write, Pc pc, con
 
 // ---- asynchronous machinery
 // --------------------------------------------------------------------------
-bool land_one_load(Block& block);  // tma.cpp; false: none in flight
+bool land_one_load(Block& block);                             // tma.cpp; false: none in flight
+void end_phase_if_complete(Block& block, Mbarrier& barrier);  // mbarrier.cpp
+// The number of the mbarrier at a shared address.
+int find_mbarrier(Block& block, uint32_t address, const Fiber& fiber, Pc pc, const char* what);
 
 // ---- reports (report.cpp)
 // ----------------------------------------------------------------------------
@@ -238,9 +245,9 @@ void report(Pc pc, const char* kind, const char* format, ...) __attribute__((for
 std::string where(Pc pc);
 std::vector<std::string> where_all(const std::vector<Pc>& pcs);
 bool same_place(Pc a, Pc b);  // equal source lines: the compiler may have cloned a call
-void report_uninitialised(Pc pc, const char* what);
+void report_poison(uint32_t word, Pc pc, const char* what);
 inline void check_initialised(uint32_t word, Pc pc, const char* what) {
-  if (word == kUninitialisedWord) report_uninitialised(pc, what);
+  if (word == kUninitialisedWord || word == kInFlightWord) report_poison(word, pc, what);
 }
 
 // A 16-bit matrix element.
