@@ -6,5 +6,7 @@
 #ifdef __CUDACC__
 #define FAL_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define FAL_HOST_DEVICE inline
+// Always inlined, so that no object file holds a copy: the CPU engine compiles these headers once
+// per instruction set, and the linker would keep any one of the copies for all of them.
+#define FAL_HOST_DEVICE inline __attribute__((always_inline))
 #endif

@@ -1,0 +1,10 @@
+// The kernels for AVX2 with FMA and F16C.
+#define FAL_CPU_ISA avx2
+#include "attention_backward.h"
+#include "attention_forward.h"
+
+namespace fal::cpu {
+
+const IsaKernels kernels_avx2{"avx2", &avx2::forward, &avx2::backward};
+
+}  // namespace fal::cpu

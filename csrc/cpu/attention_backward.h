@@ -1,0 +1,359 @@
+// dQ, dK, dV (and the gradients of bias and sinks) from dO and the LSE: FlashAttention-2, algorithm
+// 2, on the transposed scores.
+//
+//   P^T  = exp2(K Q^T - lse)      dV += P^T dO
+//   dP^T = V dO^T                 dS^T = P^T (dP^T - delta),   delta = rowsum(dO * O) - dlse
+//   dK  += scale * dS^T Q         dQ  += scale * dS K
+//
+// One item is a block of keys of one (batch entry, K/V head): K and V are packed once, dK and dV
+// stay in scratch memory while the query tiles of every head of the group pass by. dQ of a query
+// tile gets one contribution from each key block that it sees; they are added in ascending order of
+// the key blocks, each item waiting for its turn (items are handed out key block by key block over
+// all heads, so one seldom waits). The result does not depend on the number of threads, and memory
+// is linear in length: two floats a row, and for 16-bit types one fp32 copy of dQ.
+#pragma once
+
+#include "attention_forward.h"
+#include "backward_rows.h"
+
+namespace fal::cpu::FAL_CPU_ISA {
+
+struct BackwardScratch {
+  // A key block: rows and panels of K, rows of V, the gradients.
+  float *k, *k_panels, *v, *dk, *dv;
+  // A query tile: transposed panels and panels of Q and dO, dQ.
+  float *q_transposed, *dout_transposed, *q_panels, *dout_panels, *dq;
+  // A score tile [key][kScoreStride].
+  float *p, *ds, *bend, *bias;
+  int32_t* keep;
+
+  FAL_INLINE static BackwardScratch place(ScratchCursor* cursor, const BackwardProblem& problem,
+                                          int block_keys) {
+    const ForwardProblem& f = problem.forward;
+    const int dim = round_up(f.shape.head_dim, kPanel),
+              dim_v = round_up(f.shape.head_dim_v, kPanel);
+    BackwardScratch s;
+    s.k = cursor->take<float>(block_keys * dim);
+    s.k_panels = cursor->take<float>(block_keys * dim);
+    s.v = cursor->take<float>(block_keys * dim_v);
+    s.dk = cursor->take<float>(block_keys * dim);
+    s.dv = cursor->take<float>(block_keys * dim_v);
+    s.q_transposed = cursor->take<float>(kTileRows * dim);
+    s.dout_transposed = cursor->take<float>(kTileRows * dim_v);
+    s.q_panels = cursor->take<float>(kTileRows * dim);
+    s.dout_panels = cursor->take<float>(kTileRows * dim_v);
+    s.dq = cursor->take<float>(kTileRows * dim);
+    s.p = cursor->take<float>(kTileKeys * kScoreStride);
+    s.ds = cursor->take<float>(kTileKeys * kScoreStride);
+    s.bend = f.score.softcap > 0.f ? cursor->take<float>(kTileKeys * kScoreStride) : nullptr;
+    s.bias = f.score.bias.data ? cursor->take<float>(kTileRows * kTileKeys) : nullptr;
+    s.keep = f.score.dropout_threshold ? cursor->take<int32_t>(kTileKeys * kScoreStride) : nullptr;
+    return s;
+  }
+};
+
+struct BackwardTile {
+  const BackwardPlan* plan;
+  const BackwardScratch* scratch;
+  Band band;
+  Range rows;   // the query tile
+  Range block;  // the key block
+  int batch, head;
+  bool general;
+  PanelScoreMod mod;
+  Dropout dropout;
+  const float *lse, *delta;  // of the tile's rows: base-2 LSE (+inf for an empty row), delta
+  bool k_finite, q_finite, dout_finite;
+};
+
+// From S^T and dP^T of one panel to P^T (dropped and scaled where dropout says so) and dS^T.
+static FAL_NOINLINE void gradient_panel(const BackwardTile& t, int panel_row, PanelRange range,
+                                        const PanelMask& mask) {
+  const BackwardScratch& s = *t.scratch;
+  // Padded lanes have lse +inf: P = 0.
+  Float lse[kVectors], delta[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    const int row = panel_row + v * kLanes, rows = t.rows.size();
+    const bool whole = row + kLanes <= rows;
+    lse[v] = whole ? load(t.lse + row) : load_first(t.lse + row, max_int(0, rows - row));
+    delta[v] = whole ? load(t.delta + row) : load_first(t.delta + row, max_int(0, rows - row));
+    if (!whole) {
+      lse[v] = select(less(iota(), set1(rows - row)), lse[v], set1(FAL_INFINITY));
+    }
+  }
+  const Float keep_scale = set1(t.dropout.keep_scale());
+  for (int r = range.begin; r < range.end; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = r * kScoreStride + panel_row + v * kLanes;
+      Float p = exp2(load(s.p + at) - lse[v]);
+      Float dp = load(s.ds + at);
+      if (range.masked) p = keep(mask.visible(v, r), p);
+      Float p_dropped = p;
+      if (s.keep) {
+        const Int kept = load(s.keep + at);
+        dp = keep_bits(kept, dp) * keep_scale;
+        p_dropped = keep_bits(kept, p) * keep_scale;
+      }
+      Float ds = p * (dp - delta[v]);
+      if (range.masked) ds = keep(mask.visible(v, r), ds);
+      store(s.p + at, p_dropped);
+      store(s.ds + at, ds);
+    }
+  }
+}
+
+// dS^T of one panel -> the bias gradient, then through the softcap.
+static FAL_NOINLINE void finish_scores(const BackwardTile& t, int panel_row, Range keys,
+                                       PanelRange range) {
+  const BackwardScratch& s = *t.scratch;
+  const Bias& dbias = t.plan->problem.dbias;
+  if (dbias.data) {
+    dispatch_element(dbias.dtype, [&](auto element) {
+      using T = decltype(element);
+      T* base = static_cast<T*>(dbias.data) + t.batch * dbias.batch + t.head * dbias.head;
+      for (int i = panel_row; i < min_int(panel_row + kPanel, t.rows.size()); ++i) {
+        T* row = base + (t.rows.begin + i) * dbias.row + keys.begin * dbias.col;
+        for (int r = range.begin; r < min_int(range.end, keys.size()); ++r) {
+          store_one(row + r * dbias.col, s.ds[r * kScoreStride + i]);
+        }
+      }
+    });
+  }
+  if (!s.bend) return;
+  for (int r = range.begin; r < range.end; ++r) {
+    for (int v = 0; v < kPanel; v += kLanes) {
+      const int at = r * kScoreStride + panel_row + v;
+      store(s.ds + at, load(s.ds + at) * load(s.bend + at));
+    }
+  }
+}
+
+// The five products of one (query tile, key tile). `offset` is the key tile's place in the key
+// block.
+static FAL_NOINLINE void backward_tile(const BackwardTile& t, Range keys, int offset, bool partial,
+                                       bool first) {
+  const BackwardScratch& s = *t.scratch;
+  const ForwardProblem& f = t.plan->problem.forward;
+  const Shape& shape = f.shape;
+  const int dim = shape.head_dim, dim_v = shape.head_dim_v;
+  const int ld = round_up(dim, kPanel), ld_v = round_up(dim_v, kPanel);
+  const int rows = t.rows.size(), n = keys.size();
+  const float* k = s.k + static_cast<int64_t>(offset) * ld;
+  const float* v = s.v + static_cast<int64_t>(offset) * ld_v;
+  if (s.bias) pack_bias(f.score.bias, t.batch, t.head, t.rows, keys, s.bias);
+  if (s.keep) {
+    fill_dropout(t.dropout, static_cast<uint32_t>(t.batch) * shape.heads_q + t.head, t.rows, keys,
+                 s.keep);
+  }
+
+  for (int row = 0; row < rows; row += kPanel) {
+    const Range panel_rows{t.rows.begin + row, min_int(t.rows.begin + row + kPanel, t.rows.end)};
+    const PanelRange range = panel_range(t.band, panel_rows, keys);
+    PanelMask mask;
+    if (range.masked) mask = PanelMask::make(t.band, panel_rows.begin, keys);
+    Float unused[kVectors] = {};
+    score_panel<false, false>(k, ld, s.q_transposed + static_cast<int64_t>(row) * dim, dim, range,
+                              mask, s.p + row, unused);
+    score_panel<false, false>(v, ld_v, s.dout_transposed + static_cast<int64_t>(row) * dim_v, dim_v,
+                              range, mask, s.ds + row, unused);
+    if (t.general) {
+      modify_panel(t.mod, panel_rows.begin, row, keys, range, mask, s.p + row,
+                   s.bend ? s.bend + row : nullptr, unused);
+    }
+    gradient_panel(t, row, range, mask);
+    finish_scores(t, row, keys, range);
+  }
+
+  // Query rows, relative to the tile, that see some key of [begin, end); keys that some row sees.
+  const auto rows_of_keys = [&](int begin, int end) {
+    const Range seen =
+        intersect(t.band.rows_of_any({keys.begin + begin, keys.begin + min_int(end, n)}), t.rows);
+    return seen.empty() ? Range{0, 0} : Range{seen.begin - t.rows.begin, seen.end - t.rows.begin};
+  };
+  const auto keys_of_rows = [&](int begin, int end) {
+    const Range seen = intersect(
+        t.band.keys_of_any({t.rows.begin + begin, t.rows.begin + min_int(end, rows)}), keys);
+    return seen.empty() ? Range{0, 0} : Range{seen.begin - keys.begin, seen.end - keys.begin};
+  };
+  const auto rows_of_group = [&](int r) { return rows_of_keys(r, r + kRows); };
+  const auto rows_of_one = [&](int r) { return rows_of_keys(r, r + 1); };
+  const auto keys_of_group = [&](int r) { return keys_of_rows(r, r + kRows); };
+  const auto keys_of_one = [&](int r) { return keys_of_rows(r, r + 1); };
+  const int vectors = (dim + kLanes - 1) / kLanes, vectors_v = (dim_v + kLanes - 1) / kLanes;
+  float* dv = s.dv + static_cast<int64_t>(offset) * ld_v;
+  float* dk = s.dk + static_cast<int64_t>(offset) * ld;
+  const float* k_panels = s.k_panels + static_cast<int64_t>(offset) * ld;
+  if (t.dout_finite || !partial) {
+    accumulate<false>(dv, ld_v, n, vectors_v, s.p, kScoreStride, 1, s.dout_panels, kTileRows, false,
+                      nullptr, rows_of_group);
+  } else {
+    accumulate_exactly(dv, ld_v, n, vectors_v, s.p, kScoreStride, 1, s.dout_panels, kTileRows,
+                       false, nullptr, rows_of_one);
+  }
+  if (t.q_finite || !partial) {
+    accumulate<false>(dk, ld, n, vectors, s.ds, kScoreStride, 1, s.q_panels, kTileRows, false,
+                      nullptr, rows_of_group);
+  } else {
+    accumulate_exactly(dk, ld, n, vectors, s.ds, kScoreStride, 1, s.q_panels, kTileRows, false,
+                       nullptr, rows_of_one);
+  }
+  if (t.k_finite || !partial) {
+    accumulate<false>(s.dq, ld, rows, vectors, s.ds, 1, kScoreStride, k_panels, kTileKeys, first,
+                      nullptr, keys_of_group);
+  } else {
+    accumulate_exactly(s.dq, ld, rows, vectors, s.ds, 1, kScoreStride, k_panels, kTileKeys, first,
+                       nullptr, keys_of_one);
+  }
+}
+
+// Adds the tile's dQ when the key blocks before this one have added theirs.
+template <class T>
+FAL_INLINE void add_dq(const BackwardTile& t, const Sequence& seq, int64_t block, int32_t* turn) {
+  const BackwardPlan& plan = *t.plan;
+  const ForwardProblem& f = plan.problem.forward;
+  const int dim = f.shape.head_dim, ld = round_up(dim, kPanel), sum_ld = round_up(dim, kLanes);
+  const Range seen = t.band.keys_of_any(t.rows);
+  const int64_t first = seen.begin / plan.block_keys, last = (seen.end - 1) / plan.block_keys;
+  const View<T> dq = plan.problem.dq.as<T>();
+  const int32_t place = static_cast<int32_t>(block - first);
+  if (place > 0) wait_for_turn(turn, place);
+  for (int r = 0; r < t.rows.size(); ++r) {
+    const float* part = t.scratch->dq + static_cast<int64_t>(r) * ld;
+    T* row = dq.at(t.batch, seq.row_q + t.rows.begin + r, t.head);
+    if (first == last) {
+      store_row(row, part, dim, f.score.scale);
+      continue;
+    }
+    float* sum = plan.dq_sum + plan.stat_index(t.batch, t.head, t.rows.begin + r) * sum_ld;
+    for (int d = 0; d < sum_ld; d += kLanes) {
+      const Float x = load(part + d);
+      store(sum + d, block == first ? x : load(sum + d) + x);
+    }
+    if (block == last) store_row(row, sum, dim, f.score.scale);
+  }
+  if (block < last) pass_turn(turn, place + 1);
+}
+
+// Writes dK and dV of a key block, and zeros where the tensors hold rows that belong to no
+// sequence.
+template <class T>
+FAL_INLINE void store_key_block(const BackwardPlan& plan, const BackwardScratch& s,
+                                const Sequence& seq, int b, int head_k, Range block) {
+  const ForwardProblem& f = plan.problem.forward;
+  const int ld = round_up(f.shape.head_dim, kPanel), ld_v = round_up(f.shape.head_dim_v, kPanel);
+  const View<T> dk = plan.problem.dk.as<T>(), dv = plan.problem.dv.as<T>();
+  for (int j = 0; j < block.size(); ++j) {
+    const int64_t row = seq.row_k + block.begin + j;
+    store_row(dk.at(b, row, head_k), s.dk + static_cast<int64_t>(j) * ld, f.shape.head_dim,
+              f.score.scale);
+    store_row(dv.at(b, row, head_k), s.dv + static_cast<int64_t>(j) * ld_v, f.shape.head_dim_v,
+              1.f);
+  }
+}
+
+template <class T>
+static void backward_item(const void* arg, int64_t item, char* memory) {
+  const BackwardPlan& plan = *static_cast<const BackwardPlan*>(arg);
+  const BackwardProblem& p = plan.problem;
+  const ForwardProblem& f = p.forward;
+  const Shape& shape = f.shape;
+  const int64_t heads = static_cast<int64_t>(shape.batch) * shape.heads_k, index = item / heads;
+  const int b = static_cast<int>(item % heads / shape.heads_k);
+  const int head_k = static_cast<int>(item % heads % shape.heads_k);
+  const Sequence seq = f.lengths.sequence(b);
+  const int64_t begin = index * plan.block_keys;
+  if (begin >= seq.seqlen_k) return;
+  const Range block{static_cast<int32_t>(begin),
+                    min_int(static_cast<int32_t>(begin) + plan.block_keys, seq.seqlen_k)};
+  const Band band = Band::make(seq.seqlen_q, seq.seqlen_k, f.window);
+
+  ScratchCursor cursor{memory};
+  const BackwardScratch s = BackwardScratch::place(&cursor, p, plan.block_keys);
+  const int dim = shape.head_dim, dim_v = shape.head_dim_v;
+  const int ld = round_up(dim, kPanel), ld_v = round_up(dim_v, kPanel);
+  const int padded = round_up(block.size(), kTileKeys);
+  memset(s.dk, 0, sizeof(float) * padded * ld);
+  memset(s.dv, 0, sizeof(float) * padded * ld_v);
+  const ContiguousKv<T> kv = ContiguousKv<T>::make(f.kv, seq, b, head_k);
+  bool k_finite = true;
+  const bool general = f.score.softcap > 0.f || f.score.alibi_slopes || f.score.bias.data;
+
+  bool packed = false;
+  const int group = shape.heads_q / shape.heads_k;
+  for (int h = head_k * group; h < (head_k + 1) * group; ++h) {
+    DenseTilesOfKeys tiles = DenseTilesOfKeys::make(band, block, plan.tile_rows);
+    for (Tile tile; tiles.next(&tile);) {
+      if (!packed) {
+        packed = true;
+        for (int j = 0; j < block.size(); j += kTileKeys) {
+          const int n = min_int(kTileKeys, block.size() - j);
+          const StridedRows<T> k_rows{kv.k_row(block.begin + j), kv.k_stride};
+          const StridedRows<T> v_rows{kv.v_row(block.begin + j), kv.v_stride};
+          pack_rows(k_rows, n, round_up(n, kRows), dim, ld, s.k + static_cast<int64_t>(j) * ld);
+          pack_rows(v_rows, n, round_up(n, kRows), dim_v, ld_v,
+                    s.v + static_cast<int64_t>(j) * ld_v);
+          k_finite &=
+              pack_panels(k_rows, n, kTileKeys, dim, s.k_panels + static_cast<int64_t>(j) * ld);
+        }
+      }
+      const Range rows = tile.range;
+      const StridedRows<T> q{f.q.as<T>().at(b, seq.row_q + rows.begin, h), f.q.row};
+      const StridedRows<T> dout{p.dout.as<T>().at(b, seq.row_q + rows.begin, h), p.dout.row};
+      pack_transposed(q, rows.size(), dim, general ? f.score.scale : f.score.scale * kLog2E,
+                      s.q_transposed);
+      pack_transposed(dout, rows.size(), dim_v, 1.f, s.dout_transposed);
+      const bool q_finite = pack_panels(q, rows.size(), kTileRows, dim, s.q_panels);
+      const bool dout_finite = pack_panels(dout, rows.size(), kTileRows, dim_v, s.dout_panels);
+      const int64_t stat = plan.stat_index(b, h, rows.begin);
+      const BackwardTile t{&plan,
+                           &s,
+                           band,
+                           rows,
+                           block,
+                           b,
+                           h,
+                           general,
+                           {GeneralScoreMod::make(f.score, b, h, band.shift()), s.bias},
+                           {f.score.dropout_seed, f.score.dropout_threshold},
+                           plan.lse + stat,
+                           plan.delta + stat,
+                           k_finite,
+                           q_finite,
+                           dout_finite};
+      bool first = true;
+      for (int j = 0; j < block.size(); j += kTileKeys) {
+        const Range keys{block.begin + j, min_int(block.begin + j + kTileKeys, block.end)};
+        const TileKind kind = band.classify(rows, keys);
+        if (kind == TileKind::kSkip) continue;
+        backward_tile(t, keys, j, kind == TileKind::kPartial, first);
+        first = false;
+      }
+      add_dq<T>(t, seq, index, plan.turn + plan.row_item(b, h, rows.begin / plan.tile_rows));
+    }
+  }
+  store_key_block<T>(plan, s, seq, b, head_k, block);
+}
+
+static void backward(const BackwardProblem& problem, const ThreadPool& pool) {
+  BackwardPlan plan = BackwardPlan::make(problem);
+  void* memory = allocate_shared(plan.place_shared(nullptr));
+  plan.place_shared(static_cast<char*>(memory));
+  memset(plan.turn, 0, sizeof(int32_t) * plan.row_items());
+  ScratchCursor size{nullptr};
+  BackwardScratch::place(&size, problem, plan.block_keys);
+  try {
+    dispatch_element(problem.forward.shape.dtype, [&](auto element) {
+      using T = decltype(element);
+      run_items(pool, plan.row_items() + 1, plan.flops, 0, &backward_row_item<T>, &plan);
+      run_items(pool, plan.key_items(), plan.flops, size.used, &backward_item<T>, &plan);
+    });
+  } catch (...) {
+    free_shared(memory);
+    throw;
+  }
+  reduce_sinks(plan);
+  free_shared(memory);
+}
+
+}  // namespace fal::cpu::FAL_CPU_ISA

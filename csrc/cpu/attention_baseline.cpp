@@ -1,0 +1,10 @@
+// The kernels for whatever the compiler assumes by default (SSE2 on x86-64).
+#define FAL_CPU_ISA baseline
+#include "attention_backward.h"
+#include "attention_forward.h"
+
+namespace fal::cpu {
+
+const IsaKernels kernels_baseline{"baseline", &baseline::forward, &baseline::backward};
+
+}  // namespace fal::cpu

@@ -1,0 +1,286 @@
+// O = softmax(S) V with S = mod(scale * Q K^T) under the band, tile by tile with the online
+// softmax: FlashAttention-2, algorithm 1, on the transposed scores.
+//
+// One item is one tile of query rows of one (batch entry, query head). It walks the tiles of keys
+// that the band shows it:
+//
+//   pack K, V        rows -> fp32 tiles                     [key][dim], [dim / kPanel][key][kPanel]
+//   scores           S^T = K Q^T, masked; running maximum   lanes are query rows: nothing is
+//   softmax_panel    P^T = exp2(S^T - max), running sum     reduced across lanes
+//   accumulate       O = diag(alpha) O + P V                P^T is the packed operand as it stands
+//
+// Scratch of one thread (fp32), head dim 128: Q 96 KiB, K 48, V 48, S 78, O 96.
+#pragma once
+
+#include "../core/kv.h"
+#include "../core/online_softmax.h"
+#include "../core/tiles.h"
+#include "parallel.h"
+#include "score_panel.h"
+#include "scratch.h"
+
+namespace fal::cpu::FAL_CPU_ISA {
+
+struct ForwardScratch {
+  float *q, *k, *v, *scores, *out, *max, *sum, *alpha, *bias;
+  int32_t* keep;
+
+  FAL_INLINE static ForwardScratch place(ScratchCursor* cursor, const ForwardProblem& p) {
+    const int dim = round_up(p.shape.head_dim, kLanes),
+              dim_v = round_up(p.shape.head_dim_v, kPanel);
+    ForwardScratch s;
+    s.q = cursor->take<float>(kTileRows * dim);
+    s.k = cursor->take<float>(kTileKeys * dim);
+    s.v = cursor->take<float>(kTileKeys * dim_v);
+    s.scores = cursor->take<float>(kTileKeys * kScoreStride);
+    s.out = cursor->take<float>(kTileRows * dim_v);
+    s.max = cursor->take<float>(kTileRows);
+    s.sum = cursor->take<float>(kTileRows);
+    s.alpha = cursor->take<float>(kTileRows);
+    s.bias = p.score.bias.data ? cursor->take<float>(kTileRows * kTileKeys) : nullptr;
+    s.keep = p.score.dropout_threshold ? cursor->take<int32_t>(kTileKeys * kScoreStride) : nullptr;
+    return s;
+  }
+};
+
+struct ForwardPlan {
+  ForwardProblem problem;
+  int tile_rows;       // query rows of an item, at most kTileRows
+  int64_t row_blocks;  // items of one (batch entry, head)
+  int64_t items;       // the last one clears the rows beyond every sequence
+  double flops;
+};
+
+// P^T = exp2(S^T - max) in place, the running sum, and alpha, by which earlier results shrink.
+FAL_INLINE void softmax_panel(float* scores, PanelRange range, const Float (&new_max)[kVectors],
+                              float* max, float* sum, float* alpha) {
+  Float reference[kVectors], total[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    // softmax_reference(): a row that has seen nothing subtracts 0.
+    reference[v] = select(equal(new_max[v], set1(-FAL_INFINITY)), set1(0.f), new_max[v]);
+    total[v] = set1(0.f);
+  }
+  for (int r = range.begin; r < range.end; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      float* s = scores + r * kScoreStride + v * kLanes;
+      const Float p = exp2(load(s) - reference[v]);
+      store(s, p);
+      total[v] += p;
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const Float shrink = exp2(load(max + v * kLanes) - reference[v]);
+    store(alpha + v * kLanes, shrink);
+    store(max + v * kLanes, new_max[v]);
+    store(sum + v * kLanes, fma(load(sum + v * kLanes), shrink, total[v]));
+  }
+}
+
+struct ForwardTile {
+  const ForwardProblem* problem;
+  const ForwardScratch* scratch;
+  Band band;
+  Range rows;
+  int batch, head;
+  bool general;  // a score modification is on
+  PanelScoreMod mod;
+  Dropout dropout;
+};
+
+// One tile of keys whose K and V are packed.
+static FAL_NOINLINE void forward_tile(const ForwardTile& t, Tile tile, bool first, bool v_finite) {
+  const ForwardScratch& s = *t.scratch;
+  const Shape& shape = t.problem->shape;
+  const Range keys = tile.range;
+  const int k_ld = round_up(shape.head_dim, kLanes), rows = t.rows.size();
+  if (t.mod.bias) pack_bias(t.problem->score.bias, t.batch, t.head, t.rows, keys, s.bias);
+  if (s.keep) {
+    fill_dropout(t.dropout, static_cast<uint32_t>(t.batch) * shape.heads_q + t.head, t.rows, keys,
+                 s.keep);
+  }
+
+  for (int row = 0; row < rows; row += kPanel) {
+    const Range panel_rows{t.rows.begin + row, min_int(t.rows.begin + row + kPanel, t.rows.end)};
+    const PanelRange range = panel_range(t.band, panel_rows, keys);
+    const float* q_panel = s.q + static_cast<int64_t>(row) * shape.head_dim;
+    float* scores = s.scores + row;
+    PanelMask mask;
+    if (range.masked) mask = PanelMask::make(t.band, panel_rows.begin, keys);
+    Float new_max[kVectors];
+    for (int v = 0; v < kVectors; ++v) new_max[v] = load(s.max + row + v * kLanes);
+    if (t.general) {
+      score_panel<false, false>(s.k, k_ld, q_panel, shape.head_dim, range, mask, scores, new_max);
+      modify_panel(t.mod, panel_rows.begin, row, keys, range, mask, scores, nullptr, new_max);
+    } else if (range.masked) {
+      score_panel<true, true>(s.k, k_ld, q_panel, shape.head_dim, range, mask, scores, new_max);
+    } else {
+      score_panel<false, true>(s.k, k_ld, q_panel, shape.head_dim, range, mask, scores, new_max);
+    }
+    softmax_panel(scores, range, new_max, s.max + row, s.sum + row, s.alpha + row);
+    if (s.keep) {
+      for (int r = range.begin; r < range.end; ++r) {
+        for (int v = 0; v < kPanel; v += kLanes) {
+          const int at = r * kScoreStride + row + v;
+          store(s.scores + at, keep_bits(load(s.keep + at), load(s.scores + at)));
+        }
+      }
+    }
+  }
+
+  // Depth trimmed per row group to the keys that its rows see.
+  const auto keys_of_rows = [&](int begin, int end) {
+    const Range seen = intersect(
+        t.band.keys_of_any({t.rows.begin + begin, t.rows.begin + min_int(end, rows)}), keys);
+    return seen.empty() ? Range{0, 0} : Range{seen.begin - keys.begin, seen.end - keys.begin};
+  };
+  const int ld = round_up(shape.head_dim_v, kPanel),
+            vectors = (shape.head_dim_v + kLanes - 1) / kLanes;
+  if (v_finite || tile.kind == TileKind::kFull) {
+    accumulate<true>(s.out, ld, rows, vectors, s.scores, 1, kScoreStride, s.v, kTileKeys, first,
+                     s.alpha, [&](int r) { return keys_of_rows(r, r + kRows); });
+  } else {
+    accumulate_exactly(s.out, ld, rows, vectors, s.scores, 1, kScoreStride, s.v, kTileKeys, first,
+                       s.alpha, [&](int r) { return keys_of_rows(r, r + 1); });
+  }
+}
+
+template <class T>
+FAL_INLINE void clear_forward_row(const ForwardProblem& p, int b, int h, int64_t row) {
+  zero_row(p.out.as<T>().at(b, row, h), p.shape.head_dim_v);
+  if (p.lse.data) *p.lse.at(b, h, row) = -FAL_INFINITY;
+}
+
+template <class T>
+static FAL_NOINLINE void store_forward_rows(const ForwardTile& t, const Sequence& seq, bool empty) {
+  const ForwardProblem& p = *t.problem;
+  const ForwardScratch& s = *t.scratch;
+  const int ld = round_up(p.shape.head_dim_v, kPanel);
+  for (int r = 0; r < t.rows.size(); ++r) {
+    SoftmaxState state{s.max[r] * kLn2, s.sum[r]};
+    float factor = 1.f;
+    if (p.score.sinks) factor = state.absorb_sink(p.score.sinks[t.head]);
+    factor *= state.inverse_sum();
+    if (s.keep) factor *= t.dropout.keep_scale();
+    const int64_t row = seq.row_q + t.rows.begin + r;
+    T* out = p.out.as<T>().at(t.batch, row, t.head);
+    if (empty) {
+      zero_row(out, p.shape.head_dim_v);
+    } else {
+      store_row(out, s.out + r * ld, p.shape.head_dim_v, factor);
+    }
+    if (p.lse.data) *p.lse.at(t.batch, t.head, row) = state.lse();
+  }
+}
+
+// One item for any tile cursor: Tiles has next(Tile*).
+template <class T, class Kv, class Tiles>
+FAL_INLINE void forward_rows(const ForwardTile& t, const Sequence& seq, Tiles tiles) {
+  const ForwardProblem& p = *t.problem;
+  const ForwardScratch& s = *t.scratch;
+  const Shape& shape = p.shape;
+  const int padded = round_up(t.rows.size(), kPanel), dim = round_up(shape.head_dim, kLanes);
+  for (int i = 0; i < padded; ++i) {
+    s.max[i] = -FAL_INFINITY;
+    s.sum[i] = 0.f;
+  }
+  const View<const T> q = p.q.as<const T>();
+  const StridedRows<T> q_rows{q.at(t.batch, seq.row_q + t.rows.begin, t.head), q.row};
+  const Kv kv = Kv::make(p.kv, seq, t.batch, shape.kv_head(t.head));
+
+  bool first = true;
+  for (Tile tile; tiles.next(&tile); first = false) {
+    if (first) {
+      pack_transposed(q_rows, t.rows.size(), shape.head_dim,
+                      t.general ? p.score.scale : p.score.scale * kLog2E, s.q);
+    }
+    const int n = tile.range.size(), begin = tile.range.begin;
+    pack_rows([&](int r) { return kv.k_row(begin + r); }, n, round_up(n, kRows), shape.head_dim,
+              dim, s.k);
+    const bool v_finite = pack_panels([&](int r) { return kv.v_row(begin + r); }, n, kTileKeys,
+                                      shape.head_dim_v, s.v);
+    forward_tile(t, tile, first, v_finite);
+  }
+  store_forward_rows<T>(t, seq, first);
+}
+
+template <class T, class Kv>
+static void forward_item(const void* arg, int64_t item, char* memory) {
+  const ForwardPlan& plan = *static_cast<const ForwardPlan*>(arg);
+  const ForwardProblem& p = plan.problem;
+  const Shape& shape = p.shape;
+  if (item == plan.items - 1) {
+    if (!p.lengths.cu_seqlens_q) return;
+    for (int64_t row = p.lengths.cu_seqlens_q[shape.batch]; row < shape.rows_q; ++row) {
+      for (int h = 0; h < shape.heads_q; ++h) clear_forward_row<T>(p, 0, h, row);
+    }
+    return;
+  }
+  const int64_t batch_head = item / plan.row_blocks;
+  const int b = static_cast<int>(batch_head / shape.heads_q);
+  const int h = static_cast<int>(batch_head % shape.heads_q);
+  const Sequence seq = p.lengths.sequence(b);
+  const Band band = Band::make(seq.seqlen_q, seq.seqlen_k, p.window);
+  // Later rows see more keys when the right side is bounded: the longest items come first.
+  int64_t block = item % plan.row_blocks;
+  if (band.right >= 0 && band.left < 0) block = plan.row_blocks - 1 - block;
+  const int64_t begin = block * plan.tile_rows, allocated = p.lengths.allocated_q(b);
+  const int64_t end = min_int(begin + plan.tile_rows, allocated);
+  if (begin >= end) return;
+  for (int64_t i = begin > seq.seqlen_q ? begin : seq.seqlen_q; i < end; ++i) {
+    clear_forward_row<T>(p, b, h, seq.row_q + i);
+  }
+  const Range rows{static_cast<int32_t>(begin), min_int(static_cast<int32_t>(end), seq.seqlen_q)};
+  if (rows.empty()) return;
+
+  ScratchCursor cursor{memory};
+  const ForwardScratch scratch = ForwardScratch::place(&cursor, p);
+  const ScoreOptions& score = p.score;
+  const bool general = score.softcap > 0.f || score.alibi_slopes || score.bias.data;
+  const ForwardTile tile{&p,
+                         &scratch,
+                         band,
+                         rows,
+                         b,
+                         h,
+                         general,
+                         {GeneralScoreMod::make(score, b, h, band.shift()), scratch.bias},
+                         {score.dropout_seed, score.dropout_threshold}};
+  forward_rows<T, Kv>(tile, seq, DenseTilesOfRows::make(band, rows, kTileKeys));
+}
+
+// Rows of a tile: as even as possible, so that 256 rows become two tiles of 128 and not 192 + 64.
+FAL_INLINE int even_tile_rows(int64_t longest) {
+  const int64_t tiles = longest > 0 ? (longest + kTileRows - 1) / kTileRows : 1;
+  const int64_t rows = (longest + tiles - 1) / tiles;
+  constexpr int kUnit = kPanel > 16 ? kPanel : 16;
+  return round_up(rows > 1 ? static_cast<int>(rows) : 1, kUnit);
+}
+
+static void forward(const ForwardProblem& problem, const ThreadPool& pool) {
+  ForwardPlan plan{problem, 0, 0, 0, 0.0};
+  const Shape& shape = problem.shape;
+  int64_t longest = 0;
+  for (int b = 0; b < shape.batch; ++b) {
+    const Sequence seq = problem.lengths.sequence(b);
+    const int64_t allocated = problem.lengths.allocated_q(b);
+    if (allocated > longest) longest = allocated;
+    plan.flops += 2.0 * shape.heads_q * (shape.head_dim + shape.head_dim_v) * allocated *
+                  (seq.seqlen_k + 1.0);
+  }
+  plan.tile_rows = even_tile_rows(longest);
+  plan.row_blocks = (longest + plan.tile_rows - 1) / plan.tile_rows;
+  plan.items = static_cast<int64_t>(shape.batch) * shape.heads_q * plan.row_blocks + 1;
+  const bool paged = problem.kv.pages.block_table != nullptr;
+  ScratchCursor size{nullptr};
+  ForwardScratch::place(&size, problem);
+  dispatch_element(shape.dtype, [&](auto element) {
+    using T = decltype(element);
+    run_items(pool, plan.items, plan.flops, size.used,
+              paged ? &forward_item<T, PagedKv<T>> : &forward_item<T, ContiguousKv<T>>, &plan);
+  });
+}
+
+}  // namespace fal::cpu::FAL_CPU_ISA

@@ -1,0 +1,168 @@
+// From the products of one panel of query rows (lanes) with a tile of keys to softmax arguments in
+// base 2: visibility and score modifications, the vector twin of core/score_mod.h. Shared by
+// forward and backward.
+#pragma once
+
+#include "../core/philox.h"
+#include "../core/score_mod.h"
+#include "pack.h"
+
+namespace fal::cpu::FAL_CPU_ISA {
+
+// Keys of a tile that one panel of query rows works on, relative to the tile's first key: multiples
+// of kRows. What lies in the range and is not visible is masked.
+struct PanelRange {
+  int begin, end;
+  bool masked;
+};
+
+// The range reaches kRows - 1 query rows beyond the panel on both sides, because the row groups of
+// O = P V straddle panels and read P up to the last key that any of their rows sees.
+FAL_INLINE PanelRange panel_range(const Band& band, Range rows, Range keys) {
+  const Range reach{max_int(0, rows.begin - kRows + 1),
+                    min_int(band.seqlen_q, rows.end + kRows - 1)};
+  const Range any = intersect(band.keys_of_any(reach), keys);
+  if (any.empty()) return {0, 0, false};
+  const int begin = round_down(any.begin - keys.begin, kRows);
+  const int end = round_up(any.end - keys.begin, kRows);
+  const Range all = band.keys_of_all(rows);
+  const bool masked =
+      keys.begin + begin < all.begin || keys.begin + end > all.end || end > keys.size();
+  return {begin, end, masked};
+}
+
+// Lane-wise visibility: key r of the tile is visible to a lane iff begin <= r < end.
+struct PanelMask {
+  Int begin[kVectors], end[kVectors];
+
+  FAL_INLINE static PanelMask make(const Band& band, int first_row, Range keys) {
+    PanelMask mask;
+    for (int v = 0; v < kVectors; ++v) {
+      const Int row = iota() + (first_row + v * kLanes + band.shift() - keys.begin);
+      mask.begin[v] = band.left < 0 ? set1(0) : row - band.left;
+      mask.end[v] = set1(keys.size());
+      if (band.right >= 0) mask.end[v] = min(mask.end[v], row + (band.right + 1));
+    }
+    return mask;
+  }
+  FAL_INLINE Mask visible(int v, int r) const {
+    const Int key = set1(r);
+    return less_equal(begin[v], key) & less(key, end[v]);
+  }
+};
+
+// S^T[key][lane] of one panel: rows of K times the Q^T panel, masked, and the running maximum
+// beside it. The same for dP^T = V dO^T, which wants neither.
+template <bool kMasked, bool kMaximum>
+FAL_INLINE void score_panel(const float* k, int64_t k_ld, const float* q_panel, int head_dim,
+                            PanelRange range, const PanelMask& mask, float* scores,
+                            Float (&running_max)[kVectors]) {
+  for (int r = range.begin; r < range.end; r += kRows) {
+    Float c[kRows][kVectors];
+    clear(c);
+    multiply_add(c, k + r * k_ld, k_ld, 1, q_panel, head_dim);
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        if constexpr (kMasked)
+          c[i][v] = select(mask.visible(v, r + i), c[i][v], set1(-FAL_INFINITY));
+        store(scores + (r + i) * kScoreStride + v * kLanes, c[i][v]);
+        if constexpr (kMaximum) running_max[v] = max(c[i][v], running_max[v]);
+      }
+    }
+  }
+}
+
+// The options of one (batch entry, query head) as vectors use them.
+struct PanelScoreMod {
+  GeneralScoreMod mod;
+  const float* bias;  // panels [row / kPanel][keys][kPanel] of this tile; null = none
+
+  // From scale * q.k of (lane's row, key) to the softmax's argument in base 2. rows = first row of
+  // the vector + lane + shift - key.
+  FAL_INLINE Float value(Float scaled, Int distance, Float bias_value) const {
+    if (mod.softcap > 0.f) scaled = tanh(scaled * mod.inverse_softcap) * mod.softcap;
+    scaled += bias_value;
+    if (mod.slope != 0.f) scaled -= abs(to_float(distance)) * mod.slope;
+    return scaled * kLog2E;
+  }
+  FAL_INLINE Float derivative(Float scaled) const {
+    const Float t = tanh(scaled * mod.inverse_softcap);
+    return 1.f - t * t;
+  }
+};
+
+// The general path: modifies and masks the products that score_panel<false, false> stored.
+//   first_row   row of the panel's lane 0 (within the sequence)
+//   bend        [key][kScoreStride] receives d value / d scaled; null unless softcap is on and
+//   needed
+static FAL_NOINLINE void modify_panel(const PanelScoreMod& mod, int first_row, int panel_row,
+                                      Range keys, PanelRange range, const PanelMask& mask,
+                                      float* scores, float* bend, Float (&running_max)[kVectors]) {
+  const float* bias = mod.bias ? mod.bias + static_cast<int64_t>(panel_row) * keys.size() : nullptr;
+  for (int r = range.begin; r < range.end; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* s = scores + r * kScoreStride + v * kLanes;
+      const Int distance = iota() + (first_row + v * kLanes + mod.mod.shift - keys.begin - r);
+      const bool has_bias = bias && r < keys.size();
+      const Float scaled = load(s);
+      if (bend) {
+        const Float d = mod.derivative(scaled);
+        store(bend + r * kScoreStride + v * kLanes, range.masked ? keep(mask.visible(v, r), d) : d);
+      }
+      Float x =
+          mod.value(scaled, distance, has_bias ? load(bias + r * kPanel + v * kLanes) : set1(0.f));
+      if (range.masked) x = select(mask.visible(v, r), x, set1(-FAL_INFINITY));
+      store(s, x);
+      running_max[v] = max(x, running_max[v]);
+    }
+  }
+}
+
+// Bias of rows x keys -> panels [row / kPanel][keys][kPanel].
+static FAL_NOINLINE void pack_bias(const Bias& bias, int b, int h, Range rows, Range keys,
+                                   float* out) {
+  dispatch_element(bias.dtype, [&](auto element) {
+    using T = decltype(element);
+    const T* base = static_cast<const T*>(bias.data) + b * bias.batch + h * bias.head +
+                    rows.begin * bias.row + keys.begin * bias.col;
+    if (bias.col == 1) {
+      pack_transposed(StridedRows<T>{base, bias.row}, rows.size(), keys.size(), 1.f, out);
+      return;
+    }
+    for (int i = 0; i < rows.size(); ++i) {
+      float* lane = out + static_cast<int64_t>(i / kPanel * kPanel) * keys.size() + i % kPanel;
+      for (int j = 0; j < keys.size(); ++j) {
+        lane[j * kPanel] = load_one(base + i * bias.row + j * bias.col);
+      }
+    }
+  });
+}
+
+// keep[key][kScoreStride] = -1 where dropout keeps the element, 0 where it drops it. The tile's
+// first row and key are multiples of 16, the generator's block; one call of it serves 8 elements.
+static FAL_NOINLINE void fill_dropout(const Dropout& dropout, uint32_t batch_head, Range rows,
+                                      Range keys, int32_t* keep) {
+  constexpr int kGroups = 32;  // (key pair, row) of a block: 4 x 8
+  for (int j = 0; j < keys.size(); j += 16) {
+    for (int i = 0; i < rows.size(); i += 16) {
+      uint32_t word[4][kGroups];
+      for (int g = 0; g < kGroups; ++g) {
+        const PhiloxBits bits =
+            dropout.block(batch_head, static_cast<uint32_t>(rows.begin + i + (g & 7)),
+                          static_cast<uint32_t>(keys.begin + j + (g >> 3) * 2));
+        for (int w = 0; w < 4; ++w) word[w][g] = bits.word[w];
+      }
+      for (int key = 0; key < 16; ++key) {
+        for (int row = 0; row < 16; ++row) {
+          const int draw = Dropout::draw_index(row, key), group = ((key & 7) >> 1) * 8 + (row & 7);
+          const uint32_t half = (word[draw >> 1][group] >> (16 * (draw & 1))) & 0xffffu;
+          keep[(j + key) * kScoreStride + i + row] = half >= dropout.threshold ? -1 : 0;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace fal::cpu::FAL_CPU_ISA
