@@ -1,4 +1,4 @@
-"""The training functions of flash_attn 2.8, name for name: thin layers over ``attention``.
+"""The functions of flash_attn 2.8, name for name: thin layers over ``attention``.
 
 What differs from ``attention``: positional options, ``window_size`` with any negative number for
 unbounded and one as long as the keys counting as unbounded, an LSE of +inf for rows that see
@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from flashattn_lite import inspection
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.attention import UNBOUNDED, Window, attention, draw_dropout_seed
+from flashattn_lite.kv_cache import flash_attn_with_kvcache
 from flashattn_lite.kv_cache import flash_attn_with_kvcache
 from flashattn_lite.merge import flash_attn_combine
 

@@ -172,6 +172,8 @@ EDGE_CASES: tuple[Case, ...] = (
     Case("fully_masked_tile_row", seqlens=((300, 20),), causal=True),
     Case("window_of_one", seqlens=((65, 65),), window=(0, 0)),
     Case("window_wider_than_keys", seqlens=((20, 40),), window=(1000, 3)),
+    Case("window_right_beyond_keys", seqlens=((90, 33),), window=(None, 40)),
+    Case("window_huge", seqlens=((20, 40),), window=(2**40, 2**40)),
     Case("causal_and_window", seqlens=((150, 150),), causal=True, window=(17, 9)),
     Case("several_tiles", seqlens=((257, 513),), causal=True, head_dim=80),
     Case("varlen_with_empty", ((0, 7), (5, 0), (0, 0), (1, 1), (64, 129), (130, 65)), "varlen"),

@@ -144,13 +144,11 @@ void Arguments::set_lengths() {
   l.seqused_k = checker_.index_vector("seqused_k", o.seqused_k, batch);
   l.leftpad_k = checker_.index_vector("leftpad_k", o.leftpad_k, batch);
 
-  // A side of the window as long as the keys counts as unbounded, as in flash_attn.
   const auto side = [&](const char* name, int64_t value) -> int32_t {
     if (value < -1) checker_.bad(name, " is ", value, "; it must be >= 0, or -1 for unbounded");
-    return value < 0 || value >= seqlen_k ? Window::kUnbounded : static_cast<int32_t>(value);
+    return static_cast<int32_t>(value < Band::kMaxLength ? value : Band::kMaxLength);
   };
-  problem_.window = {side("window_left", o.window_left),
-                     o.window_right == 0 ? 0 : side("window_right", o.window_right)};
+  problem_.window = {side("window_left", o.window_left), side("window_right", o.window_right)};
 }
 
 void Arguments::set_score() {
