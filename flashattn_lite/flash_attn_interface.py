@@ -18,7 +18,6 @@ from flashattn_lite import inspection
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.attention import UNBOUNDED, Window, attention, draw_dropout_seed
 from flashattn_lite.kv_cache import flash_attn_with_kvcache
-from flashattn_lite.kv_cache import flash_attn_with_kvcache
 from flashattn_lite.merge import flash_attn_combine
 
 __all__ = [

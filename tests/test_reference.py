@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 
 from flashattn_lite import reference
 from flashattn_lite.testing import EDGE_CASES, Case, Inputs, make_inputs, pairwise_cases
@@ -99,7 +99,7 @@ def test_reference_equals_scaled_dot_product_attention(heads_k: int, masking: st
     theirs["mask"] = {"attn_mask": mask}
     leaves = (q, k, v, bias) if masking == "bias" else (q, k, v)
     out, _ = reference.attention(q, k, v, **ours[masking])
-    expected = F.scaled_dot_product_attention(
+    expected = scaled_dot_product_attention(
         *(t.transpose(1, 2) for t in (q, k, v)), enable_gqa=True, **theirs[masking]
     ).transpose(1, 2)
     torch.testing.assert_close(out, expected)

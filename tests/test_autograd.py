@@ -1,0 +1,165 @@
+"""Gradients: numerically in float64, of every differentiable argument, and what is refused."""
+
+import math
+
+import pytest
+import torch
+
+from flashattn_lite import ArgumentError, attention, flash_attn_func, reference
+from flashattn_lite.testing import Case, check_within_budget, make_inputs
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("plain", ((3, 5),), head_dim=4, heads_q=2, heads_k=1),
+        Case(
+            "modified",
+            ((4, 3),) * 2,
+            head_dim=3,
+            head_dim_v=5,
+            heads_q=2,
+            heads_k=2,
+            window=(1, 1),
+            softcap=1.5,
+            alibi="batch",
+            sinks=True,
+            bias="broadcast",
+            dropout_p=0.4,
+        ),
+        Case("varlen", ((3, 2), (0, 2), (1, 4)), "varlen", head_dim=3, heads_q=2, heads_k=1),
+    ],
+    ids=str,
+)
+def test_gradcheck_in_float64(case: Case) -> None:
+    """First and second derivatives of the float64 path against finite differences."""
+    inputs = make_inputs(Case(**{**case.__dict__, "dtype": torch.float64}))
+    names = [n for n in ("sinks", "bias") if n in inputs.options]
+    leaves = [inputs.q, inputs.k, inputs.v, *(inputs.options[n].double() for n in names)]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        options = inputs.options | dict(zip(names, tensors[3:], strict=True))
+        out, lse = reference.attention(
+            *tensors[:3], **{n: o for n, o in options.items() if not n.startswith("max_")}
+        )
+        return out, torch.where(lse == -math.inf, 0.0, lse)
+
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
+
+def test_float64_attention_passes_gradcheck() -> None:
+    q, k, v = (torch.randn(1, 4, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    assert torch.autograd.gradcheck(lambda *t: attention(*t, causal=True), (q, k, v))
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    q, k, v = (torch.randn(1, 4, 2, 8) for _ in range(3))
+    assert attention(q, k, v).grad_fn is None
+    with torch.no_grad():
+        assert attention(q.requires_grad_(), k, v).grad_fn is None
+    out = attention(q, k, v)
+    out.sum().backward()
+    assert q.grad is not None and k.grad is None and v.grad is None
+
+
+def test_lse_alone_is_differentiable() -> None:
+    q, k, v = (torch.randn(2, 5, 2, 8, requires_grad=True) for _ in range(3))
+    _, lse = attention(q, k, v, causal=True, return_lse=True)
+    dlse = torch.randn_like(lse)
+    dq, dk, dv = torch.autograd.grad(lse, (q, k, v), dlse)
+    truth = torch.autograd.grad(reference.attention(q, k, v, causal=True)[1], (q, k), dlse.double())
+    torch.testing.assert_close((dq, dk), truth, check_dtype=False, rtol=1e-5, atol=1e-5)
+    assert dv.eq(0).all()
+
+
+def test_gradient_of_a_sink_in_half_precision() -> None:
+    q, k, v = (torch.randn(1, 6, 4, 16) for _ in range(3))
+    sinks = torch.randn(4, dtype=torch.bfloat16, requires_grad=True)
+    attention(q, k, v, sinks=sinks).sum().backward()
+    wide = sinks.detach().double().requires_grad_()
+    reference.attention(q, k, v, sinks=wide)[0].sum().backward()
+    assert sinks.grad is not None and sinks.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(sinks.grad.double(), wide.grad, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 1, 7), (2, 1, 5, 1), (1, 3, 5, 7), (2, 3, 5, 7), ()])
+def test_gradient_of_a_bias_is_summed_over_what_it_broadcasts(shape: tuple[int, ...]) -> None:
+    q = torch.randn(2, 5, 3, 8)
+    k, v = (torch.randn(2, 7, 3, 8) for _ in range(2))
+    bias = torch.randn(shape, requires_grad=True)
+    dout = torch.randn(2, 5, 3, 8)
+    grads = []
+    for precision in (torch.float64, torch.float32):
+        out, _ = reference.attention(q, k, v, bias=bias.expand(2, 3, 5, 7), precision=precision)
+        grads.append(torch.autograd.grad(out, bias, dout.to(precision))[0])
+    actual = torch.autograd.grad(attention(q, k, v, bias=bias), bias, dout)[0]
+    assert actual.shape == shape
+    # Softmax does not see a constant: that gradient is a sum of terms of size one that cancel.
+    floor = 1e-5 if bias.numel() == 1 or shape[-1:] == (1,) else 0.0
+    if floor:
+        assert float(actual.abs().max()) <= floor
+    else:
+        check_within_budget("dbias", actual, grads[0].double(), grads[1], factor=3.0)
+
+
+def test_second_derivatives_are_refused_with_the_remedy() -> None:
+    q, k, v = (torch.randn(1, 3, 1, 4, requires_grad=True) for _ in range(3))
+    (dq,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
+    plain = torch.autograd.grad(attention(q, k, v).square().sum(), q)[0]
+    assert torch.equal(dq, plain)  # create_graph alone is harmless
+    with pytest.raises(RuntimeError, match="attention: second derivatives .* use float64"):
+        dq.sum().backward()
+    q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
+    (dq,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
+    dq.sum().backward()
+    assert q.grad is not None and torch.isfinite(q.grad).all()
+
+
+def test_a_gradient_of_alibi_slopes_is_refused() -> None:
+    q = torch.randn(1, 3, 2, 4)
+    slopes = torch.rand(2, requires_grad=True)
+    with pytest.raises(ArgumentError, match="attention: alibi_slopes has no gradient"):
+        attention(q, q, q, alibi_slopes=slopes)
+
+
+def test_gradients_of_no_rows_are_zero() -> None:
+    for shape_q, shape_k in (((0, 3, 2, 4), (0, 5, 2, 4)), ((2, 0, 2, 4), (2, 5, 2, 4))):
+        q = torch.randn(shape_q, requires_grad=True)
+        k, v = (torch.randn(shape_k, requires_grad=True) for _ in range(2))
+        out = attention(q, k, v)
+        assert out.shape == shape_q
+        for t, g in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
+            assert g.shape == t.shape and g.eq(0).all()
+
+
+def test_autocast_casts_as_sdpa_does() -> None:
+    q, k, v = (torch.randn(1, 6, 2, 8, requires_grad=True) for _ in range(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = flash_attn_func(q, k.bfloat16(), v)
+        sdpa = torch.nn.functional.scaled_dot_product_attention(q, k.bfloat16(), v)
+    assert out.dtype == torch.bfloat16 == sdpa.dtype
+    expected = flash_attn_func(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert q.grad is not None and q.grad.dtype == torch.float32
+
+
+def test_gradients_in_a_checkpointed_block() -> None:
+    """Dropout is drawn from torch's generator, so a recomputed forward drops the same elements."""
+    from torch.utils.checkpoint import checkpoint
+
+    q, k, v = (torch.randn(1, 16, 2, 8, requires_grad=True) for _ in range(3))
+
+    def block(*t: torch.Tensor) -> torch.Tensor:
+        return attention(*t, causal=True, dropout_p=0.4)
+
+    torch.manual_seed(3)
+    expected = torch.autograd.grad(block(q, k, v).square().sum(), (q, k, v))
+    torch.manual_seed(3)
+    actual = torch.autograd.grad(
+        checkpoint(block, q, k, v, use_reentrant=False).square().sum(), (q, k, v)
+    )
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a, b)
