@@ -13,35 +13,34 @@ struct Tile {
   TileKind kind;  // kFull or kPartial; cursors never hand out kSkip
 };
 
-// Every tile that the band touches, first to last, at multiples of tile_keys.
+// Every tile that the band touches, first to last, at multiples of tile_keys. What a tile of rows
+// sees is an interval, so no tile between its ends is skipped, and two intervals classify them all.
 struct DenseTilesOfRows {
-  Band band;
-  Range rows;
-  int32_t tile_keys;
+  Range all;  // keys that every row sees
+  int32_t seqlen_k, tile_keys;
   int32_t next_begin, end;
 
   FAL_HOST_DEVICE static DenseTilesOfRows make(const Band& band, Range rows, int32_t tile_keys) {
-    const Range keys = rows.empty() ? Range{0, 0} : band.keys_of_any(rows);
-    return {band, rows, tile_keys, keys.begin / tile_keys * tile_keys, keys.end};
+    if (rows.empty()) return {{0, 0}, 0, tile_keys, 0, 0};
+    const Range any = band.keys_of_any(rows);
+    return {band.keys_of_all(rows), band.seqlen_k, tile_keys, any.begin / tile_keys * tile_keys,
+            any.end};
   }
   FAL_HOST_DEVICE int32_t count() const {
     return next_begin < end ? ceil_div(end - next_begin, tile_keys) : 0;
   }
   FAL_HOST_DEVICE bool next(Tile* tile) {
-    while (next_begin < end) {
-      const Range keys{next_begin, min_int(next_begin + tile_keys, band.seqlen_k)};
-      next_begin += tile_keys;
-      const TileKind kind = band.classify(rows, keys);
-      if (kind != TileKind::kSkip) {
-        *tile = {keys, kind};
-        return true;
-      }
-    }
-    return false;
+    if (next_begin >= end) return false;
+    const Range keys{next_begin, min_int(next_begin + tile_keys, seqlen_k)};
+    next_begin += tile_keys;
+    const bool full = all.begin <= keys.begin && keys.end <= all.end;
+    *tile = {keys, full ? TileKind::kFull : TileKind::kPartial};
+    return true;
   }
 };
 
-// Every tile of rows that sees a key of the tile, first to last, at multiples of tile_rows.
+// Every tile of rows that sees a key of the tile, first to last, at multiples of tile_rows. Rows
+// that see a key are an interval too.
 struct DenseTilesOfKeys {
   Band band;
   Range keys;

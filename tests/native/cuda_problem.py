@@ -1,0 +1,162 @@
+"""CUDA engines on the emulator, called with CPU tensors and the reference's own options."""
+
+import functools
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from native import emulated
+from torch import Tensor
+
+from flashattn_lite import reference
+
+DTYPES = {torch.float16: 1, torch.bfloat16: 2}
+
+
+@functools.cache
+def engines() -> ModuleType:
+    """The engine table with every kernel behind it, compiled for the emulator."""
+    kernels = [
+        path
+        for path in sorted(emulated.CUDA.glob("*.cu"))
+        if path.stem.startswith(("engine", "flash")) and not path.stem.endswith("_sm90")
+    ]
+    return emulated.load(
+        "cuda_engines", [emulated.NATIVE / "cuda_engines.cpp"], kernels, flags=["-I."]
+    )
+
+
+def _view(t: Tensor) -> tuple[int, int, int, int]:
+    batch, row, head = (0, *t.stride()[:2]) if t.dim() == 3 else t.stride()[:3]
+    return t.data_ptr(), batch, row, head
+
+
+def _row_stats(t: Tensor | None) -> tuple[int, int, int, int]:
+    if t is None:
+        return 0, 0, 0, 0
+    batch, head, row = (0, *t.stride()) if t.dim() == 2 else t.stride()
+    return t.data_ptr(), batch, head, row
+
+
+@dataclass
+class Result:
+    """What a call wrote, and what the emulator saw."""
+
+    out: Tensor
+    lse: Tensor
+    dq: Tensor | None = None
+    dk: Tensor | None = None
+    dv: Tensor | None = None
+    dsinks: Tensor | None = None
+    reports: list[tuple[str, str, str]] = field(default_factory=list)
+    sites: list[dict[str, Any]] = field(default_factory=list)
+    traffic: dict[str, tuple[int, int]] = field(default_factory=dict)
+    counters: dict[str, int] = field(default_factory=dict)
+
+
+def _address(module: ModuleType, t: Tensor | None, name: str, writable: bool = False) -> int:
+    """Registers the tensor's memory with the emulator; a view registers just what it spans."""
+    if t is None or t.numel() == 0:
+        return 0
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    module.register_buffer(t.data_ptr(), (last + 1) * t.element_size(), name, writable)
+    return t.data_ptr()
+
+
+def _problem(module: ModuleType, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> dict:
+    """The fields of ForwardProblem but out and lse."""
+    varlen_q, table = q.dim() == 3, o.get("block_table")
+    lengths = reference.sequences(q, k, o)
+    heads_k, head_dim = k.shape[-2:]
+    left, right = o.get("window", (None, None))
+    right = 0 if o.get("causal", False) else right
+    slopes = o.get("alibi_slopes")
+    scale = o.get("softmax_scale")
+    index = {
+        name: None if o.get(name) is None else o[name].to(torch.int32)
+        for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
+    }
+    dropout_p = o.get("dropout_p", 0.0)
+    seqlen_k = max((s.seqlen_k for s in lengths), default=0)
+    if table is not None:
+        seqlen_k = table.shape[1] * k.shape[1]
+    elif k.dim() == 4:
+        seqlen_k = k.shape[1]
+    elif index["cu_seqlens_k"] is not None:
+        seqlen_k = int(index["cu_seqlens_k"].diff().max()) if len(index["cu_seqlens_k"]) > 1 else 0
+    seqlen_q = q.shape[1]
+    if varlen_q:
+        seqlen_q = int(index["cu_seqlens_q"].diff().max()) if len(index["cu_seqlens_q"]) > 1 else 0
+    problem = {
+        "batch": len(lengths),
+        "heads_q": q.shape[-2],
+        "heads_k": heads_k,
+        "head_dim": head_dim,
+        "head_dim_v": v.shape[-1],
+        "dtype": DTYPES[q.dtype],
+        "rows_q": q.shape[0] if varlen_q else q.shape[0] * q.shape[1],
+        "rows_k": k.shape[0] if k.dim() == 3 else k.shape[0] * k.shape[1],
+        "seqlen_q": seqlen_q,
+        "seqlen_k": seqlen_k,
+        "window_left": -1 if left is None else left,
+        "window_right": -1 if right is None else right,
+        "scale": head_dim**-0.5 if scale is None else scale,
+        "softcap": o.get("softcap", 0.0),
+        "alibi_batch_stride": slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
+        "dropout_seed": int(o.get("dropout_seed") or 0),
+        "dropout_threshold": reference.dropout_threshold(dropout_p),
+        "table_stride": 0 if table is None else table.stride(0),
+        "page_size": 0 if table is None else k.shape[1],
+        "alibi_slopes": _address(module, slopes, "alibi_slopes"),
+        "sinks": _address(module, o.get("sinks"), "sinks"),
+        "block_table": _address(module, table, "block_table"),
+        "keep_alive": index,
+    }
+    for name, t in index.items():
+        problem[name] = _address(module, t, name)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        _address(module, t, name)
+        problem[name] = _view(t)
+    return problem
+
+
+def _finish(module: ModuleType, result: Result) -> Result:
+    result.reports, result.sites = module.reports(), module.sites()
+    result.traffic, result.counters = module.traffic(), module.counters()
+    module.reset()
+    return result
+
+
+def _lse_like(q: Tensor) -> Tensor:
+    shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
+    return torch.full(shape, float("nan"))
+
+
+def forward(
+    algorithm: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    seed: int = 0,
+    out: Tensor | None = None,
+    **options: Any,
+) -> Result:
+    """Runs the forward under schedule `seed` with full checks. Outputs start as NaN."""
+    module = engines()
+    module.reset()
+    module.configure(seed=seed)
+    problem = _problem(module, q, k, v, options)
+    if out is None:
+        out = torch.full((*q.shape[:-1], v.shape[-1]), float("nan"), dtype=q.dtype)
+    lse = _lse_like(q)
+    _address(module, out, "out", writable=True)
+    _address(module, lse, "lse", writable=True)
+    problem |= {"out": _view(out), "lse": _row_stats(lse)}
+    which = getattr(module.Algorithm, algorithm)
+    assert module.supports_forward(which, problem, 80) is None
+    workspace_bytes = module.forward_workspace_bytes(which, problem)
+    workspace = module.allocate(workspace_bytes, "workspace") if workspace_bytes else 0
+    assert module.forward(which, problem, workspace) == 0, module.reports()
+    return _finish(module, Result(out, lse))

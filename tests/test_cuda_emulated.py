@@ -1,0 +1,114 @@
+"""The CUDA kernels, unmodified, on the SIMT emulator: exact on the case table, free of races,
+out-of-bounds and uninitialised reads, of bank conflicts and of uncoalesced tile accesses."""
+
+from typing import Any
+
+import pytest
+import torch
+from native import cuda_problem
+
+from flashattn_lite import reference, testing
+
+ALGORITHMS = ("flash2",)
+CASES = [
+    case
+    for case in testing.all_cases()
+    if case.dtype in cuda_problem.DTYPES and not case.bias and case.strides != "last"
+]
+
+
+def clean(result: cuda_problem.Result) -> None:
+    """Nothing was reported."""
+    assert not result.reports, "\n".join(" ".join(report) for report in result.reports)
+
+
+def check_forward(result: cuda_problem.Result, inputs: testing.Inputs, dtype: torch.dtype) -> None:
+    options = inputs.reference_options()
+    truth = reference.attention(inputs.q, inputs.k, inputs.v, **options)
+    low = reference.attention(inputs.q, inputs.k, inputs.v, **options, precision=dtype)
+    testing.check_within_budget("out", result.out, truth[0], low[0])
+    testing.check_within_budget("lse", result.lse, truth[1], low[1])
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(algorithm: str, case: testing.Case) -> None:
+    inputs = testing.make_inputs(case)
+    result = cuda_problem.forward(
+        algorithm, inputs.q, inputs.k, inputs.v, **inputs.reference_options()
+    )
+    clean(result)
+    check_forward(result, inputs, case.dtype)
+
+
+def _paged(page_size: int, lengths: list[int], **more: Any) -> tuple[Any, ...]:
+    """K/V in shuffled pages: NaN in slots and pages that nobody owns, huge unused table entries."""
+    generator = torch.Generator().manual_seed(page_size)
+    needed = [-(-n // page_size) for n in lengths]
+    table = torch.full((len(lengths), max(needed) + 2), 2**30, dtype=torch.int32)
+    free = torch.randperm(sum(needed) + 3, generator=generator).tolist()
+    q = torch.randn(len(lengths), 40, 4, 64, generator=generator).bfloat16()
+    pages = [torch.full((sum(needed) + 3, page_size, 2, 64), torch.nan) for _ in range(2)]
+    for b, n in enumerate(lengths):
+        for p in range(needed[b]):
+            page = table[b, p] = free.pop()
+            used = min(page_size, n - p * page_size)
+            for tensor in pages:
+                tensor[page, :used] = torch.randn(used, 2, 64, generator=generator)
+    k, v = (tensor.bfloat16() for tensor in pages)
+    used_k = torch.tensor(lengths, dtype=torch.int32)
+    return q, k, v, {"block_table": table, "seqused_k": used_k, "causal": True, **more}
+
+
+@pytest.mark.parametrize("page_size", (1, 5, 16, 64, 256))
+@pytest.mark.parametrize("softcap", (0.0, 3.0))
+def test_forward_paged(page_size: int, softcap: float) -> None:
+    q, k, v, options = _paged(page_size, [3, 130, 64, 41], softcap=softcap)
+    result = cuda_problem.forward("flash2", q, k, v, **options)
+    clean(result)
+    check_forward(result, testing.Inputs(q, k, v, options), torch.bfloat16)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith("grid")][:6], ids=str)
+def test_schedules_change_nothing(algorithm: str, case: testing.Case) -> None:
+    """Whatever order the threads run in, the bits are the same and no race is seen."""
+    inputs = testing.make_inputs(case)
+    results = [
+        cuda_problem.forward(
+            algorithm, inputs.q, inputs.k, inputs.v, seed=seed, **inputs.reference_options()
+        )
+        for seed in (0, 1, 2)
+    ]
+    for result in results:
+        clean(result)
+        assert torch.equal(result.out, results[0].out)
+        assert torch.equal(result.lse, results[0].lse)
+
+
+@pytest.mark.parametrize("head_dim", (64, 128, 192, 256))
+def test_tiles_move_at_full_width(head_dim: int) -> None:
+    """No bank conflict and no wasted sector in any tile access of the plain forward."""
+    case = testing.Case(
+        "full", ((256, 256),), heads_q=2, heads_k=1, head_dim=head_dim, dtype=torch.bfloat16
+    )
+    inputs = testing.make_inputs(case)
+    result = cuda_problem.forward("flash2", inputs.q, inputs.k, inputs.v)
+    clean(result)
+    kinds = {site["kind"] for site in result.sites}
+    assert {"cp.async source", "ldmatrix", "st.shared", "ld.shared", "st.global"} <= kinds
+    wasteful = [s for s in result.sites if s["units"] > s["ideal"] and s["bytes"] > 4096]
+    assert not wasteful, wasteful
+
+
+def test_keys_that_nobody_sees_are_not_read() -> None:
+    """A window leaves the start of the cache unseen: NaN there must not show."""
+    case = testing.Case("window", ((1, 300),), window=(20, 0), dtype=torch.bfloat16)
+    inputs = testing.make_inputs(case)
+    inputs.k[:, :279] = inputs.v[:, :279] = torch.nan
+    result = cuda_problem.forward("flash2", inputs.q, inputs.k, inputs.v, window=(20, 0))
+    clean(result)
+    assert torch.isfinite(result.out).all()
+    visible = [t[:, 279:] for t in (inputs.k, inputs.v)]
+    truth, _ = reference.attention(inputs.q, *visible)
+    testing.check_within_budget("out", result.out, truth, truth.bfloat16())
