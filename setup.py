@@ -28,6 +28,8 @@ CXX_FLAGS = (
     "-O3 -std=c++17 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -g0 -fno-math-errno "
     "-Wall -Wextra -Wno-unknown-pragmas"
 )
+# __FILE__ and debug paths are relative: where it was built says nothing about the library.
+PREFIX_MAP = f"-ffile-prefix-map={ROOT}/="
 
 # Flags of files whose stem ends so; compiled only on that processor family.
 X86, ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
@@ -102,7 +104,7 @@ class NinjaFile:
         self.lines = [
             f"builddir = {build}",
             "rule cxx",
-            f"  command = {CXX} {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out",
+            f"  command = {CXX} {CXX_FLAGS} {PREFIX_MAP} $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = $in",
@@ -167,7 +169,8 @@ class NinjaFile:
             return []
         architectures = cuda_architectures()
         common = (
-            "-Xcompiler -fPIC,-fvisibility=hidden -Xfatbin -compress-all -Xptxas -warn-spills "
+            f"-Xcompiler -fPIC,-fvisibility=hidden,{PREFIX_MAP} -Xfatbin -compress-all "
+            "-Xptxas -warn-spills "
             f"-DFAL_CUDA_ARCHITECTURES={'_'.join(architectures)}"
         )
         objects = []
