@@ -26,6 +26,11 @@ FORWARD_ARGUMENTS = (
     "backend",
 )
 
+OPERATORS = (
+    *("forward", "forward_plain", "backward", "rotate", "append_kv"),
+    *("build_info", "cpu_isa", "set_cpu_isa"),
+)
+
 
 class ArgumentError(ValueError, RuntimeError):
     """An argument that cannot be used: what, where, which value, and what would be right.
@@ -54,8 +59,12 @@ def _load() -> None:
             f"this machine ({error.__cause__ or error}); reinstall flashattn_lite here",
             path=str(path),
         ) from error
-    schema = torch.ops.flashattn_lite.forward.default._schema
-    if tuple(argument.name for argument in schema.arguments) != FORWARD_ARGUMENTS:
+    operators = torch.ops.flashattn_lite
+    arguments: tuple[str, ...] = ()
+    if all(hasattr(operators, name) for name in OPERATORS):
+        schema = operators.forward.default._schema
+        arguments = tuple(argument.name for argument in schema.arguments)
+    if arguments != FORWARD_ARGUMENTS:
         raise ImportError(
             f"flashattn_lite: the native library {path} was built from other sources than these "
             "Python files; reinstall flashattn_lite",
