@@ -87,7 +87,8 @@ void run_others(Block& block) {
       switch_to(block, block.fibers[w * kWarpSize + lane]);
       return;
     }
-    if (land_one_load(block)) continue;  // time passes only when nobody can run
+    // Copies take their time: they land when nobody can run.
+    if (block.alive && land_one_load(block)) continue;
     switch_to(block, block.host);        // finished, or deadlocked
     return;
   }

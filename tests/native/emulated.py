@@ -27,12 +27,18 @@ SHARED_FLAGS = ["-g1", "-ffp-contract=off", *MODULE_FLAGS]
 # The emulator itself, never instrumented.
 RUNTIME_FLAGS = ["-O3", "-march=native"]
 # -fsanitize=thread puts a hook call before each memory access (csrc/simt/tsan_hooks.cpp; the
-# sanitiser's own library is not linked); variables without an initialiser hold a known pattern.
+# sanitiser's own library is not linked); variables without an initialiser hold a known pattern;
+# equal code in different branches is not merged, which would move call sites and hide divergence.
 KERNEL_FLAGS = [
     "-O2",
     "-fsanitize=thread",
     "--param=tsan-instrument-func-entry-exit=0",
     "-ftrivial-auto-var-init=pattern",
+    "-fno-crossjumping",
+    "-fno-tree-tail-merge",
+    "-fno-code-hoisting",
+    "-fno-tree-pre",
+    "-fno-ipa-icf",
     "-Wno-unused-parameter",
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
