@@ -16,7 +16,13 @@ from torch.nn.functional import pad
 
 from flashattn_lite import inspection
 from flashattn_lite._ops import ArgumentError
-from flashattn_lite.attention import UNBOUNDED, Window, attention, draw_dropout_seed
+from flashattn_lite.attention import (
+    UNBOUNDED,
+    Window,
+    attention,
+    draw_dropout_seed,
+    plain_attention,
+)
 from flashattn_lite.kv_cache import flash_attn_with_kvcache
 from flashattn_lite.merge import flash_attn_combine
 
@@ -86,16 +92,7 @@ def _attend(
         else _flash_window(window_size, lengths.get("max_seqlen_k", k.shape[1]))
     )
     if not (dropout_p or softcap or return_attn_probs or lengths or alibi_slopes is not None):
-        return attention(  # type: ignore[return-value]
-            q,
-            k,
-            v,
-            causal=causal,
-            window=window,
-            softmax_scale=softmax_scale,
-            deterministic=deterministic,
-            name=name,
-        )
+        return plain_attention(name, q, k, v, softmax_scale, causal, window, deterministic)
     seed = draw_dropout_seed() if dropout_p > 0 else None
     result = attention(
         q,
@@ -183,8 +180,17 @@ def flash_attn_func(
     """
     return _attend(
         "flash_attn_func",
-        *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap),
-        *(alibi_slopes, deterministic, return_attn_probs),
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
     )
 
 
@@ -207,8 +213,17 @@ def flash_attn_qkvpacked_func(
     q, k, v = _unpacked("flash_attn_qkvpacked_func", "qkv", qkv, 5, 3)
     return _attend(
         "flash_attn_qkvpacked_func",
-        *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap),
-        *(alibi_slopes, deterministic, return_attn_probs),
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
     )
 
 
@@ -232,8 +247,17 @@ def flash_attn_kvpacked_func(
     k, v = _unpacked("flash_attn_kvpacked_func", "kv", kv, 5, 2)
     return _attend(
         "flash_attn_kvpacked_func",
-        *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap),
-        *(alibi_slopes, deterministic, return_attn_probs),
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
     )
 
 
@@ -293,8 +317,17 @@ def flash_attn_varlen_func(
         lengths |= {"max_seqlen_k": int(max_seqlen_k)}
     return _attend(
         "flash_attn_varlen_func",
-        *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap),
-        *(alibi_slopes, deterministic, return_attn_probs),
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
         **lengths,
     )
 
@@ -321,8 +354,17 @@ def flash_attn_varlen_qkvpacked_func(
     q, k, v = _unpacked("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 4, 3)
     return _attend(
         "flash_attn_varlen_qkvpacked_func",
-        *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap),
-        *(alibi_slopes, deterministic, return_attn_probs),
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_k=cu_seqlens,
         max_seqlen_q=int(max_seqlen),
@@ -356,8 +398,17 @@ def flash_attn_varlen_kvpacked_func(
     k, v = _unpacked("flash_attn_varlen_kvpacked_func", "kv", kv, 4, 2)
     return _attend(
         "flash_attn_varlen_kvpacked_func",
-        *(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap),
-        *(alibi_slopes, deterministic, return_attn_probs),
+        q,
+        k,
+        v,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=int(max_seqlen_q),

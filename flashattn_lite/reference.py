@@ -11,7 +11,7 @@ formula with ``precision=q.dtype``: what rounding alone costs when every step is
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -134,7 +134,7 @@ def dropout_keep(
 
 
 class Options(TypedDict, total=False):
-    """Keyword options of ``attention``: named as in ``flashattn_lite.attention``, and two more.
+    """Keyword options of ``attention``: named as in ``flashattn_lite.attention``, and three more.
 
     All index tensors are integers of any width here; lengths and offsets count rows (tokens).
     """
@@ -158,6 +158,7 @@ class Options(TypedDict, total=False):
     k_scale: Tensor | None  # k.shape[:-1]: one factor per (token, head) of quantised keys
     v_scale: Tensor | None
     precision: torch.dtype  # every step is done, and out and lse are returned, in this dtype
+    kernel_backward: bool  # gradients by the kernels' formula instead of autograd's: for budgets
 
 
 class Sequence(NamedTuple):
@@ -249,6 +250,35 @@ def _weighted_sum(p: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     return torch.where(sees_bad, p @ v, p @ torch.where(bad, torch.zeros_like(v), v))
 
 
+class _KernelBackward(torch.autograd.Function):
+    """Softmax and P @ V, differentiated as kernels do it: dS = P * (dP - delta), delta =
+    rowsum(dO * O) - dLSE (FlashAttention-2, algorithm 2). The same gradient as autograd's in exact
+    arithmetic; its rounding is other, and that is what an error budget must know."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, s: Tensor, sinks: Tensor | None, v: Tensor, factor: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        p, lse = _softmax(s, sinks)
+        out = (p if factor is None else p * factor) @ v
+        ctx.save_for_backward(p, sinks, v, factor, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
+        p, sinks, v, factor, out, lse = ctx.saved_tensors
+        dp = dout @ v.transpose(-1, -2)
+        delta = (dout * out).sum(-1, keepdim=True) - dlse.unsqueeze(-1)
+        if factor is not None:
+            dp = dp * factor
+        ds = p * (dp - delta)
+        dv = (p if factor is None else p * factor).transpose(-1, -2) @ dout
+        if sinks is None:
+            return ds, None, dv, None
+        p_sink = torch.exp(sinks - lse.unsqueeze(-1))
+        return ds, -(p_sink * delta).sum(-2, keepdim=True), dv, None
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -257,13 +287,19 @@ def _attend(
     scoring: _Scoring,
     keep: Tensor | None,
     keep_scale: float,
+    kernel_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, lse, P of (..., heads_q, seqlen_q, head_dim) against (..., heads_k, seqlen_k, ...)."""
     group = q.shape[-3] // max(1, k.shape[-3])
     k, v = k.repeat_interleave(group, -3), v.repeat_interleave(group, -3)
     used = seen.any(-2).unsqueeze(-1)  # keys that some row sees: nothing else may be touched
     k, v = torch.where(used, k, torch.zeros_like(k)), torch.where(used, v, torch.zeros_like(v))
-    p, lse = _softmax(_scores(q, k, seen, scoring), scoring.sinks)
+    s = _scores(q, k, seen, scoring)
+    if kernel_backward:
+        factor = None if keep is None else (keep * keep_scale).to(s.dtype)
+        out, lse = _KernelBackward.apply(s, scoring.sinks, v, factor)  # type: ignore[no-untyped-call]
+        return out, lse, s
+    p, lse = _softmax(s, scoring.sinks)
     if keep is not None:
         p = p * keep * keep_scale
     return _weighted_sum(p, v, seen), lse, p
@@ -344,6 +380,7 @@ def _run(
             scoring,
             keep,
             dropout_keep_scale(dropout_p),
+            options.get("kernel_backward", False),
         )
         results.append((s, out, lse, p))
     return results

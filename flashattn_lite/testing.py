@@ -335,33 +335,44 @@ def gradients_of(
     )
 
 
-def error_budget(truth: Tensor, low: Tensor, dtype: torch.dtype, factor: float) -> float:
+def error_budget(
+    truth: Tensor, low: Tensor, dtype: torch.dtype, *, factor: float, largest_score: float
+) -> float:
     """The largest error allowed: ``factor`` times that of the same formula with every step in the
-    low precision, plus four units in the last place of the largest value.
+    low precision; plus, of the largest value, four units in the last place and what one rounding
+    of the largest score in float32 makes of it (exp turns an absolute error into a relative one).
 
     Args:
         truth: float64.
         low: the same computed in ``dtype``.
         dtype: of the result under test.
         factor: 2 for outputs, 3 for gradients.
+        largest_score: magnitude of the softmax's largest argument, or its LSE's.
     """
     finite = torch.isfinite(truth)
     if not finite.any():
         return 0.0
     truth, low = truth[finite], low[finite].double()
     rounding = float(torch.nan_to_num((low - truth).abs(), nan=0.0, posinf=0.0).max())
-    return factor * rounding + 4 * torch.finfo(dtype).eps * float(truth.abs().max())
+    scores = max(1.0, largest_score) * torch.finfo(torch.float32).eps
+    return factor * rounding + (4 * torch.finfo(dtype).eps + scores) * float(truth.abs().max())
 
 
 def check_within_budget(
-    name: str, actual: Tensor, truth: Tensor, low: Tensor, *, factor: float = 2.0
+    name: str,
+    actual: Tensor,
+    truth: Tensor,
+    low: Tensor,
+    *,
+    factor: float = 2.0,
+    largest_score: float = 1.0,
 ) -> None:
     """Raises AssertionError with the worst element unless ``actual`` is within the budget of
     ``truth`` (float64). Infinities and NaNs must be where the truth has them."""
     assert actual.shape == truth.shape, f"{name}: shape {actual.shape}, expected {truth.shape}"
     if actual.numel() == 0:
         return
-    budget = error_budget(truth, low, actual.dtype, factor)
+    budget = error_budget(truth, low, actual.dtype, factor=factor, largest_score=largest_score)
     wide = actual.double()
     same = (wide == truth) | (wide.isnan() & truth.isnan())
     error = torch.where(same, torch.zeros_like(truth), (wide - truth).abs())
@@ -381,30 +392,31 @@ def check_case(
     *,
     backward: bool = True,
     device: str = "cpu",
+    seed: int = 0,
 ) -> None:
     """``function`` (with ``attention``'s keywords, returning out and lse) against the reference on
     one case: out, lse, and every gradient."""
-    inputs = make_inputs(case, device=device)
+    inputs = make_inputs(case, device=device, seed=seed)
     options = inputs.reference_options()
 
     def run(precision: torch.dtype) -> Gradients:
-        return gradients_of(
-            lambda *t, **o: reference.attention(*t, **o, precision=precision), inputs, options
-        )
+        more: dict[str, Any] = {"precision": precision}
+        if precision != torch.float64:
+            more["kernel_backward"] = True
+        return gradients_of(reference.attention, inputs, options | more)
 
     truth, low = run(torch.float64), run(case.dtype)
-    if not backward:
-        out, lse = function(inputs.q, inputs.k, inputs.v, **inputs.options)
-        actual = Gradients(out, lse, {})
-    else:
+    if backward:
         actual = gradients_of(function, inputs, inputs.options)
-    check_within_budget(f"{case}: out", actual.out, truth.out, low.out)
-    check_within_budget(f"{case}: lse", actual.lse, truth.lse, low.lse)
-    for tensor, gradient in actual.grads.items():
-        check_within_budget(
-            f"{case}: d{tensor}",
-            gradient,
-            truth.grads[tensor].double(),
-            low.grads[tensor],
-            factor=3.0,
-        )
+    else:
+        actual = Gradients(*function(inputs.q, inputs.k, inputs.v, **inputs.options), {})
+    lse = truth.lse[torch.isfinite(truth.lse)]
+    largest = float(lse.abs().max()) if lse.numel() else 1.0
+
+    def check(result: str, a: Tensor, t: Tensor, x: Tensor, factor: float) -> None:
+        check_within_budget(f"{case}: {result}", a, t, x, factor=factor, largest_score=largest)
+
+    check("out", actual.out, truth.out, low.out, 2.0)
+    check("lse", actual.lse, truth.lse, low.lse, 2.0)
+    for name, gradient in actual.grads.items():
+        check(f"d{name}", gradient, truth.grads[name].double(), low.grads[name], 3.0)

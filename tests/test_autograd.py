@@ -109,7 +109,7 @@ def test_second_derivatives_are_refused_with_the_remedy() -> None:
     (dq,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
     plain = torch.autograd.grad(attention(q, k, v).square().sum(), q)[0]
     assert torch.equal(dq, plain)  # create_graph alone is harmless
-    with pytest.raises(RuntimeError, match="attention: second derivatives .* use float64"):
+    with pytest.raises(RuntimeError, match=r"attention: second derivatives .* use float64"):
         dq.sum().backward()
     q, k, v = (t.detach().double().requires_grad_() for t in (q, k, v))
     (dq,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
