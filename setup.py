@@ -28,8 +28,6 @@ CXX_FLAGS = (
     "-O3 -std=c++17 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden -g0 -fno-math-errno "
     "-Wall -Wextra -Wno-unknown-pragmas"
 )
-# __FILE__ and debug paths are relative: where it was built says nothing about the library.
-PREFIX_MAP = f"-ffile-prefix-map={ROOT}/="
 
 # Flags of files whose stem ends so; compiled only on that processor family.
 X86, ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
@@ -97,14 +95,20 @@ def gencode(architectures: list[str]) -> str:
 
 
 class NinjaFile:
-    """build.ninja of the library: which files, with which flags."""
+    """build.ninja of the library: which files, with which flags.
+
+    Paths are relative to ROOT, where ninja runs: the library then holds no path of the machine that
+    built it (__FILE__), and a checkout in a folder with a space in its name builds too.
+    """
 
     def __init__(self, build: Path, library: Path, nvcc: str | None) -> None:
-        self.build, self.library, self.nvcc = build, library, nvcc
+        self.build = Path(os.path.relpath(build, ROOT))
+        self.library = os.path.relpath(library, ROOT)
+        self.nvcc = nvcc
         self.lines = [
-            f"builddir = {build}",
+            f"builddir = {self.build}",
             "rule cxx",
-            f"  command = {CXX} {CXX_FLAGS} {PREFIX_MAP} $flags -MMD -MF $out.d -c $in -o $out",
+            f"  command = {CXX} {CXX_FLAGS} $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "  description = $in",
@@ -127,9 +131,10 @@ class NinjaFile:
         stubs = [self.build / "libtorch.so", self.build / "libtorch_cpu.so"]
         for stub in stubs:
             self.lines += [f"build {stub}: stub", f"  soname = {stub.name}"]
+        # Nothing is exported: static initialisers register the operators.
         exports = self.build / "exports.map"
-        if not exports.exists():  # nothing is exported: static initialisers register the operators
-            exports.write_text("{ local: *; };\n")
+        if not (ROOT / exports).exists():
+            (ROOT / exports).write_text("{ local: *; };\n")
         flags = (
             f"-L{self.build} -Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed "
             f"-Wl,--version-script={exports}"
@@ -144,7 +149,8 @@ class NinjaFile:
         return "\n".join(self.lines) + "\n"
 
     def object(self, rule: str, source: Path, flags: str) -> str:
-        path = self.build / (str(source.relative_to(ROOT)).replace(os.sep, ".") + ".o")
+        source = source.relative_to(ROOT)
+        path = self.build / (str(source).replace(os.sep, ".") + ".o")
         self.lines += [f"build {path}: {rule} {source}", f"  flags = {flags}"]
         return str(path)
 
@@ -169,8 +175,7 @@ class NinjaFile:
             return []
         architectures = cuda_architectures()
         common = (
-            f"-Xcompiler -fPIC,-fvisibility=hidden,{PREFIX_MAP} -Xfatbin -compress-all "
-            "-Xptxas -warn-spills "
+            "-Xcompiler -fPIC,-fvisibility=hidden -Xfatbin -compress-all -Xptxas -warn-spills "
             f"-DFAL_CUDA_ARCHITECTURES={'_'.join(architectures)}"
         )
         objects = []
@@ -201,7 +206,7 @@ class BuildNative(build_ext):
         ninja_file.write_text(NinjaFile(build, library, find_nvcc()).text())
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         program = Path(ninja.BIN_DIR) / "ninja"
-        subprocess.run([program, "-f", ninja_file, "-j", jobs], check=True)
+        subprocess.run([program, "-f", ninja_file, "-j", jobs], cwd=ROOT, check=True)
 
 
 class Wheel(bdist_wheel):
