@@ -89,7 +89,7 @@ void run_others(Block& block) {
     }
     // Copies take their time: they land when nobody can run.
     if (block.alive && land_one_load(block)) continue;
-    switch_to(block, block.host);        // finished, or deadlocked
+    switch_to(block, block.host);  // finished, or deadlocked
     return;
   }
 }

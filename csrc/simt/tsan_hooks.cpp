@@ -81,3 +81,7 @@ extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_vptr_update(void**, void*) {}
 extern "C" void __tsan_vptr_read(void**) {}
+// The guard of a function-local static, in host code beside a kernel.
+extern "C" uint8_t __tsan_atomic8_load(const volatile uint8_t* p, int) {
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}

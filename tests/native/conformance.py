@@ -1,0 +1,122 @@
+"""The result words of every PTX wrapper (csrc/cuda/conformance.h): run, keep and compare them.
+
+The committed file holds the emulator's words. Write it again after a wrapper or an input changed:
+
+    PYTHONPATH=tests python -m native.conformance --write
+"""
+
+import argparse
+import base64
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from native.build import ROOT
+
+REFERENCE = ROOT / "tests" / "data" / "ptx_conformance.json"
+NOTE = (
+    "Result words of each PTX wrapper on the SIMT emulator, as base64 of zlib of little-endian "
+    "32-bit words. Not yet confirmed by hardware."
+)
+CAPACITY = 1 << 17  # words
+
+
+@dataclass(frozen=True)
+class Section:
+    """What one wrapper returned, and how closely another device must agree."""
+
+    name: str
+    compare: str  # "exact", "ulp N" or "abs X" (the words are float32)
+    words: tuple[int, ...]
+
+
+def collect(sections: str, run: Callable[[int], list[int]]) -> list[Section]:
+    """Cuts the words of a run into the sections that its description lists."""
+    words = run(CAPACITY)
+    result, begin = [], 0
+    for line in sections.splitlines():
+        name, count, compare = line.split(" ", 2)
+        result.append(Section(name, compare, tuple(words[begin : begin + int(count)])))
+        begin += int(count)
+    if begin != len(words):
+        raise ValueError(f"the sections hold {begin} words, the run returned {len(words)}")
+    return result
+
+
+def write(path: Path, sections: list[Section]) -> None:
+    body = {
+        s.name: {
+            "compare": s.compare,
+            "words": base64.b64encode(
+                zlib.compress(struct.pack(f"<{len(s.words)}I", *s.words), 9)
+            ).decode(),
+        }
+        for s in sections
+    }
+    path.write_text(json.dumps({"note": NOTE, "sections": body}, indent=1) + "\n")
+
+
+def read(path: Path = REFERENCE) -> list[Section]:
+    result = []
+    for name, entry in json.loads(path.read_text())["sections"].items():
+        data = zlib.decompress(base64.b64decode(entry["words"]))
+        words = struct.unpack(f"<{len(data) // 4}I", data)
+        result.append(Section(name, entry["compare"], words))
+    return result
+
+
+def _as_float(word: int) -> float:
+    return float(struct.unpack("<f", struct.pack("<I", word))[0])
+
+
+def _ordered(word: int) -> int:
+    """Floats' bits as integers in the floats' order, so that neighbours differ by one."""
+    return word if word < 1 << 31 else (1 << 31) - word
+
+
+def differences(expected: Section, actual: Section) -> list[str]:
+    """One line per word outside the section's bound, and one when the sections differ in shape."""
+    if (expected.name, len(expected.words)) != (actual.name, len(actual.words)):
+        return [f"{expected.name}: {len(expected.words)} words, not {actual.name}"]
+    kind, _, bound = expected.compare.partition(" ")
+    lines = []
+    for i, (want, got) in enumerate(zip(expected.words, actual.words, strict=True)):
+        if want == got:
+            continue
+        if kind == "ulp" and abs(_ordered(want) - _ordered(got)) <= int(bound):
+            continue
+        if kind == "abs" and abs(_as_float(want) - _as_float(got)) <= float(bound):
+            continue
+        lines.append(f"{expected.name} word {i}: expected {want:08x}, got {got:08x}")
+    return lines
+
+
+def emulated_sections() -> list[Section]:
+    """The sections as the emulator computes them, sm_80's first."""
+    from native import emulated
+
+    module = emulated.load(
+        "simt_conformance",
+        [emulated.NATIVE / "simt_conformance.cpp"],
+        [emulated.CUDA / "conformance.cu", emulated.CUDA / "conformance_sm90.cu"],
+    )
+    module.reset()
+    module.configure()
+    result = collect(module.sections(), module.run)
+    result += collect(module.sections_sm90(), module.run_sm90)
+    reports = module.reports()
+    if reports:
+        raise RuntimeError(f"the emulator reports {reports}")
+    return result
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="replace the committed words")
+    sections = emulated_sections()
+    if parser.parse_args().write:
+        write(REFERENCE, sections)
+    print(f"{len(sections)} sections, {sum(len(s.words) for s in sections)} words")
