@@ -7,10 +7,12 @@
 #include <optional>
 #include <vector>
 
+#include "csrc/core/convert.h"
 #include "csrc/core/dispatch.h"
 #include "csrc/core/kv.h"
 #include "csrc/core/online_softmax.h"
 #include "csrc/core/philox.h"
+#include "csrc/core/rotary.h"
 #include "csrc/core/score_mod.h"
 #include "csrc/core/tiles.h"
 
@@ -374,6 +376,38 @@ void define_dispatch(py::module_& m) {
   });
 }
 
+void define_convert(py::module_& m) {
+  m.def("bfloat16_to_float", py::vectorize(fal::bfloat16_to_float));
+  m.def("float_to_bfloat16", py::vectorize(fal::float_to_bfloat16));
+  m.def("float16_to_float", py::vectorize(fal::float16_to_float));
+  m.def("float_to_float16", py::vectorize(fal::float_to_float16));
+  m.def("float8_e4m3_to_float", py::vectorize(fal::float8_e4m3_to_float));
+  m.def("float_to_float8_e4m3", py::vectorize(fal::float_to_float8_e4m3));
+  m.def("quantise_int8",
+        py::vectorize([](float x) { return fal::quantise(x, fal::DType::kInt8); }));
+  m.def("dequantise_int8",
+        py::vectorize([](uint8_t x) { return fal::dequantise(x, fal::DType::kInt8); }));
+  // One row x (head_dim) at each of `positions`: (positions, head_dim). cos, sin (table, pairs).
+  m.def("rotate_row", [](const Floats& x, const Floats& cos, const Floats& sin, bool interleaved,
+                         const Ints& positions) {
+    const fal::Rotary rotary{cos.data(),
+                             sin.data(),
+                             cos.shape(1),
+                             static_cast<int32_t>(cos.shape(1)),
+                             static_cast<int32_t>(cos.shape(0)),
+                             interleaved,
+                             fal::DType::kFloat32};
+    Floats out = array2<float>(positions.size(), x.size());
+    for (py::ssize_t n = 0; n < positions.size(); ++n) {
+      for (int32_t d = 0; d < x.size(); ++d) {
+        out.mutable_at(n, d) =
+            fal::rotated_element(rotary, x.data(), fal::DType::kFloat32, 0, positions.at(n), d);
+      }
+    }
+    return out;
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(core, m) {
@@ -386,6 +420,7 @@ PYBIND11_MODULE(core, m) {
   define_softmax(m);
   define_philox(m);
   define_dispatch(m);
+  define_convert(m);
   m.attr("SKIP") = static_cast<int>(fal::TileKind::kSkip);
   m.attr("FULL") = static_cast<int>(fal::TileKind::kFull);
   m.attr("PARTIAL") = static_cast<int>(fal::TileKind::kPartial);
