@@ -74,17 +74,26 @@ def make(output: Path, command: Sequence[str], inputs: Sequence[Path], depfile: 
     return output
 
 
+def build_object(source: Path, compile_flags: Sequence[str]) -> Path:
+    """Compiles one file; no two builds with different flags share an object."""
+    command = [*shlex.split(CXX), *compile_flags, "-c", str(source.resolve())]
+    key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:12]
+    return make(BUILD / f"{source.stem}-{key}.o", command, [source], depfile=True)
+
+
 def build(
     output: Path, sources: Sequence[Path], compile_flags: Sequence[str], link_flags: Sequence[str]
 ) -> Path:
-    """Compiles each source and links them; no two builds with different flags share an object."""
-    objects = []
-    for source in map(Path, sources):
-        command = [*shlex.split(CXX), *compile_flags, "-c", str(source.resolve())]
-        key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:12]
-        objects.append(make(BUILD / f"{source.stem}-{key}.o", command, [source], depfile=True))
+    """Compiles each source and links them."""
+    objects = [build_object(Path(source), compile_flags) for source in sources]
     command = [*shlex.split(CXX), *link_flags, *map(str, objects)]
     return make(output, command, objects, depfile=False)
+
+
+def link_program(name: str, objects: Sequence[Path], flags: Sequence[str]) -> Path:
+    """Links objects that were compiled with flags of their own, and returns the program's path."""
+    command = [*shlex.split(CXX), *flags, *map(str, objects)]
+    return make(BUILD / name, command, objects, depfile=False)
 
 
 def build_extension(name: str, sources: Sequence[Path], flags: Sequence[str] = ()) -> Path:

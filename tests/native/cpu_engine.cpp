@@ -1,4 +1,6 @@
-// Runs the CPU engine's cases against the double-precision reference: cpu_engine [isa|all [case]].
+// Runs the CPU engine's cases against the double-precision reference: cpu_engine [isa|all [case]];
+// --isas and
+// --active say what there is to run.
 // Needs no torch and no Python, so it runs wherever the engine compiles (also under qemu and
 // sanitizers). Exit status 0 when everything holds.
 #include <algorithm>
@@ -381,6 +383,11 @@ int main(int argc, char** argv) {
   const std::string wanted = argc > 1 ? argv[1] : "all", only = argc > 2 ? argv[2] : "";
   for (const char* const* isa = fal::cpu::available_isas(); *isa; ++isa)
     if (wanted == "all" || wanted == *isa) isas.push_back(*isa);
+  if (wanted == "--active") return printf("%s\n", fal::cpu::active_isa()) < 0;
+  if (wanted == "--isas") {
+    for (const char* const* isa = fal::cpu::available_isas(); *isa; ++isa) printf("%s\n", *isa);
+    return 0;
+  }
   int ran = 0;
   for (const Case& c : all_cases()) {
     if (!only.empty() && c.name != only) continue;

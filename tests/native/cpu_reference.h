@@ -53,14 +53,23 @@ Results reference(const Inputs& in, DType dtype, bool round) {
     const int64_t shift = int64_t(s.seqlen_k) - s.seqlen_q;
     for (int h = 0; h < in.heads_q; ++h) {
       const int hk = h / (in.heads_q / in.heads_k);
+      // (seqlen_k, dim) copies of K and V.
+      std::vector<Real> k(int64_t(s.seqlen_k) * in.head_dim),
+          v(int64_t(s.seqlen_k) * in.head_dim_v);
+      for (int j = 0; j < s.seqlen_k; ++j) {
+        const int64_t krow = in.k_offset[b] + j;
+        for (int d = 0; d < in.head_dim; ++d)
+          k[j * in.head_dim + d] = in.k->get(in.k_batch[krow], in.k_row[krow], hk, d);
+        for (int d = 0; d < in.head_dim_v; ++d)
+          v[j * in.head_dim_v + d] = in.v->get(in.k_batch[krow], in.k_row[krow], hk, d);
+      }
+      std::vector<Real> q(in.head_dim), g(in.head_dim_v);
       for (int i = 0; i < s.seqlen_q; ++i) {
         const int64_t qrow = in.q_offset[b] + i;
-        const auto q = [&](int d) {
-          return Real(in.q->get(in.q->extent(0) > 1 ? b : 0, s.row_q + i, h, d));
-        };
-        const auto g = [&](int d) {
-          return Real(in.dout->get(in.q->extent(0) > 1 ? b : 0, s.row_q + i, h, d));
-        };
+        const int64_t tensor_batch = in.q->extent(0) > 1 ? b : 0;
+        for (int d = 0; d < in.head_dim; ++d) q[d] = in.q->get(tensor_batch, s.row_q + i, h, d);
+        for (int d = 0; d < in.head_dim_v; ++d)
+          g[d] = in.dout->get(tensor_batch, s.row_q + i, h, d);
         std::vector<int> keys;
         for (int j = 0; j < s.seqlen_k; ++j) {
           const bool left = in.window.left < 0 || j >= i + shift - in.window.left;
@@ -72,10 +81,9 @@ Results reference(const Inputs& in, DType dtype, bool round) {
         Real largest = o.sinks ? Real(o.sinks[h]) : -Real(INFINITY);
         for (size_t n = 0; n < keys.size(); ++n) {
           const int j = keys[n];
-          const int64_t krow = in.k_offset[b] + j;
+          const Real* k_row = &k[int64_t(j) * in.head_dim];
           Real x = 0;
-          for (int d = 0; d < in.head_dim; ++d)
-            x += q(d) * Real(in.k->get(in.k_batch[krow], in.k_row[krow], hk, d));
+          for (int d = 0; d < in.head_dim; ++d) x += q[d] * k_row[d];
           x *= Real(o.scale);
           if (o.softcap > 0) {
             const Real t = std::tanh(x / Real(o.softcap));
@@ -98,16 +106,16 @@ Results reference(const Inputs& in, DType dtype, bool round) {
         std::vector<Real> out(in.head_dim_v, Real(0));
         for (size_t n = 0; n < keys.size(); ++n) {
           if (sum != Real(0)) score[n] /= sum;
-          const int64_t krow = in.k_offset[b] + keys[n];
+          const Real* v_row = &v[int64_t(keys[n]) * in.head_dim_v];
           for (int d = 0; d < in.head_dim_v; ++d) {
             const Real p = dropped[n] == Real(0) ? Real(0) : score[n] * dropped[n];
-            out[d] += p * Real(in.v->get(in.k_batch[krow], in.k_row[krow], hk, d));
+            out[d] += p * v_row[d];
           }
         }
         Real delta = 0;
         for (int d = 0; d < in.head_dim_v; ++d) {
           r.out[(qrow * in.heads_q + h) * in.head_dim_v + d] = rounded(out[d]);
-          if (in.backward) delta += rounded(out[d]) * g(d);
+          if (in.backward) delta += rounded(out[d]) * g[d];
         }
         if (!in.backward) continue;
         if (!in.dlse.empty()) delta -= Real(in.dlse[h * in.rows_q + qrow]);
@@ -117,11 +125,12 @@ Results reference(const Inputs& in, DType dtype, bool round) {
         for (size_t n = 0; n < keys.size(); ++n) {
           const int j = keys[n];
           const int64_t krow = in.k_offset[b] + j;
+          const Real *k_row = &k[int64_t(j) * in.head_dim], *v_row = &v[int64_t(j) * in.head_dim_v];
           Real dp = 0;
           for (int d = 0; d < in.head_dim_v; ++d) {
-            dp += g(d) * Real(in.v->get(in.k_batch[krow], in.k_row[krow], hk, d));
+            dp += g[d] * v_row[d];
             if (dropped[n] != Real(0))
-              dv[(krow * in.heads_k + hk) * in.head_dim_v + d] += score[n] * dropped[n] * g(d);
+              dv[(krow * in.heads_k + hk) * in.head_dim_v + d] += score[n] * dropped[n] * g[d];
           }
           Real ds = score[n] * ((dropped[n] == Real(0) ? Real(0) : dp * dropped[n]) - delta);
           if (in.bias) r.dbias[((b * in.heads_q + h) * in.max_q + i) * in.max_k + j] = ds;
@@ -129,12 +138,12 @@ Results reference(const Inputs& in, DType dtype, bool round) {
           const Real term =
               score[n] * (std::fabs(dp * dropped[n]) + std::fabs(delta)) * bend[n] * Real(o.scale);
           for (int d = 0; d < in.head_dim; ++d) {
-            const Real key = Real(in.k->get(in.k_batch[krow], in.k_row[krow], hk, d));
+            const Real key = k_row[d];
             const int64_t at = (krow * in.heads_k + hk) * in.head_dim + d;
             dq[d] += ds * key;
-            dk[at] += ds * q(d);
+            dk[at] += ds * q[d];
             dq_terms[d] += term * std::fabs(key);
-            dk_terms[at] += term * std::fabs(q(d));
+            dk_terms[at] += term * std::fabs(q[d]);
           }
         }
         for (Real x : dq_terms) r.dq_terms = std::fmax(r.dq_terms, x);

@@ -1,0 +1,93 @@
+"""The CPU engine, compiled without torch: every case on every instruction set of this machine.
+
+native/cpu_engine.cpp holds the checks (values against double precision, guard pages, NaN in memory
+that is not visible, 1, 2 and 3 threads bit for bit); these tests build it, run it and read its
+verdict.
+"""
+
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from native import build
+
+ENGINE = build.ROOT / "csrc/cpu"
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+ISA_FLAGS: dict[str, list[str]] = (
+    {"avx512": AVX2 + AVX512, "avx2": AVX2, "baseline": []}
+    if platform.machine() == "x86_64"
+    else {"neon": []}
+)
+SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def compile_file(source: Path, flags: Sequence[str]) -> Path:
+    return build.build_object(source, [*build.CXX_FLAGS, "-fvisibility=hidden", *flags])
+
+
+def engine_objects(flags: Sequence[str]) -> dict[str, Path]:
+    objects = {
+        isa: compile_file(ENGINE / f"attention_{isa}.cpp", [*flags, *isa_flags])
+        for isa, isa_flags in ISA_FLAGS.items()
+    }
+    objects |= {
+        name: compile_file(ENGINE / f"{name}.cpp", flags) for name in ("engine", "parallel")
+    }
+    return objects
+
+
+def program(name: str, flags: Sequence[str]) -> Path:
+    # The reference needs no sanitizer, and would be slow with it.
+    main = compile_file(build.ROOT / "tests/native/cpu_engine.cpp", ["-O2"])
+    return build.link_program(name, [main, *engine_objects(flags).values()], [*flags, "-pthread"])
+
+
+def run(path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [path, *arguments], capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+def available_isas() -> list[str]:
+    listing = run(program("cpu_engine", ["-O3"]), "--isas")
+    return listing.stdout.split()
+
+
+@pytest.mark.parametrize("isa", ISA_FLAGS)
+def test_every_case(isa: str) -> None:
+    if isa not in available_isas():
+        pytest.skip(f"this processor has no {isa}")
+    done = run(program("cpu_engine", ["-O3"]), isa)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = re.search(rf"^{isa} \| (\d+) cases, 0 failures$", done.stdout, re.MULTILINE)
+    # Far fewer would mean that the case table no longer runs.
+    assert ran and int(ran[1]) >= 150, done.stdout
+
+
+def test_every_case_under_sanitizers() -> None:
+    done = run(program("cpu_engine_sanitized", ["-O1", *SANITIZERS]), "all")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("isa", ISA_FLAGS)
+def test_an_isa_leaves_nothing_to_merge(isa: str) -> None:
+    # A weak function symbol could replace another object's copy, and run on every machine.
+    symbols = subprocess.run(
+        ["nm", "-C", engine_objects(["-O3"])[isa]], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    weak = [line for line in symbols if line.split()[-2:-1] and re.search(r" [WVu] ", line)]
+    assert [line for line in weak if "DW.ref.__gxx_personality_v0" not in line] == []
+    assert any(re.search(rf" [RD] fal::cpu::kernels_{isa}$", line) for line in symbols)
+
+
+def test_the_environment_selects_the_isa() -> None:
+    path = program("cpu_engine", ["-O3"])
+    for isa in available_isas():
+        assert run(path, "--active", FAL_CPU_ISA=isa).stdout.strip() == isa
+    assert run(path, "--active", FAL_CPU_ISA="none").stdout.strip() == available_isas()[0]
