@@ -82,6 +82,7 @@ append_kv = torch.ops.flashattn_lite.append_kv.default
 build_info = torch.ops.flashattn_lite.build_info.default
 cpu_isa = torch.ops.flashattn_lite.cpu_isa.default
 set_cpu_isa = torch.ops.flashattn_lite.set_cpu_isa.default
+fma_peak = torch.ops.flashattn_lite.fma_peak.default
 
 
 def argument_error(error: RuntimeError, name: str) -> Exception:

@@ -3,10 +3,12 @@
 #define FAL_CPU_ISA baseline
 #include "attention_backward.h"
 #include "attention_forward.h"
+#include "fma_peak.h"
 
 namespace fal::cpu {
 
-const IsaKernels kernels_baseline{"baseline", &baseline::forward, &baseline::backward};
+const IsaKernels kernels_baseline{"baseline", &baseline::forward, &baseline::backward,
+                                  &baseline::fma_peak};
 
 }  // namespace fal::cpu
 #endif

@@ -115,4 +115,18 @@ void backward(const BackwardProblem& problem, const ThreadPool& pool) {
   active()->backward(problem, pool);
 }
 
+int64_t fma_peak(int64_t flops, const ThreadPool& pool) {
+  struct Job {
+    int64_t flops, done;
+  } job{flops, 0};
+  pool.run(
+      pool.ctx, pool.threads,
+      [](void* arg, int) {
+        Job& shared = *static_cast<Job*>(arg);
+        __atomic_fetch_add(&shared.done, active()->fma_peak(shared.flops), __ATOMIC_RELAXED);
+      },
+      &job);
+  return job.done;
+}
+
 }  // namespace fal::cpu

@@ -28,4 +28,8 @@ const char* supports_backward(const BackwardProblem& problem);
 void forward(const ForwardProblem& problem, const ThreadPool& pool);
 void backward(const BackwardProblem& problem, const ThreadPool& pool);
 
+// The arithmetic ceiling, for benchmarks: at least `flops` floating-point operations on each of the
+// pool's threads, on registers alone. Returns how many there were in all.
+int64_t fma_peak(int64_t flops, const ThreadPool& pool);
+
 }  // namespace fal::cpu

@@ -20,6 +20,7 @@ struct IsaKernels {
   const char* name;
   void (*forward)(const ForwardProblem& problem, const ThreadPool& pool);
   void (*backward)(const BackwardProblem& problem, const ThreadPool& pool);
+  int64_t (*fma_peak)(int64_t flops);
 };
 
 #if defined(__x86_64__)

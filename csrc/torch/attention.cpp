@@ -121,6 +121,13 @@ void set_cpu_isa(uint64_t* stack, uint64_t inputs, uint64_t) {
   fail("flashattn_lite::set_cpu_isa: isa is '", isa, "'; available here:", names);
 }
 
+void fma_peak_op(uint64_t* stack, uint64_t inputs, uint64_t) {
+  int64_t flops;
+  StackReader(stack, inputs) >> flops;
+  FAL_CHECK(flops > 0, "flashattn_lite::fma_peak: flops is ", flops, "; it must be positive");
+  put_results(stack, fma_peak(flops));
+}
+
 // Static initialisers register the operators when the library is loaded; it exports nothing.
 const bool registered = [] {
   static Library definitions = Library::define("flashattn_lite");
@@ -139,7 +146,8 @@ const bool registered = [] {
           "(Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor dbias)")
       .schema("build_info() -> str")
       .schema("cpu_isa() -> str")
-      .schema("set_cpu_isa(str isa) -> ()");
+      .schema("set_cpu_isa(str isa) -> ()")
+      .schema("fma_peak(int flops) -> int");
   static Library on_cpu = Library::implement("flashattn_lite", "CPU");
   on_cpu.function("forward", forward)
       .function("forward_plain", forward_plain)
@@ -151,7 +159,8 @@ const bool registered = [] {
   static Library anywhere = Library::implement("flashattn_lite", "CompositeExplicitAutograd");
   anywhere.function("build_info", build_info_op)
       .function("cpu_isa", cpu_isa)
-      .function("set_cpu_isa", set_cpu_isa);
+      .function("set_cpu_isa", set_cpu_isa)
+      .function("fma_peak", fma_peak_op);
   return true;
 }();
 

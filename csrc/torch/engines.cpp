@@ -171,6 +171,8 @@ void run_append(const char* op, const Tensor& anchor, const AppendProblem& probl
 #endif
 }
 
+int64_t fma_peak(int64_t flops) { return cpu::fma_peak(flops, torch_threads()); }
+
 std::string build_info() {
   std::string text = "{\"cpu\": {\"isas\": [";
   for (const char* const* isa = cpu::available_isas(); *isa; ++isa) {

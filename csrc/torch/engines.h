@@ -22,6 +22,9 @@ void run_backward(Engine engine, const Tensor& q, const BackwardProblem& problem
 void run_rotate(const char* op, const Tensor& anchor, const RotateProblem& problem);
 void run_append(const char* op, const Tensor& anchor, const AppendProblem& problem);
 
+// cpu::fma_peak on torch's threads.
+int64_t fma_peak(int64_t flops);
+
 // JSON: what was compiled, and what this process can use of it.
 std::string build_info();
 

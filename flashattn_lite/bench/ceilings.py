@@ -1,0 +1,74 @@
+"""How fast this machine can go at all, measured in the same run as the rows.
+
+The CPU's ceiling is a register-only loop of fused multiply-adds in the active instruction set, on
+as many threads as the row has; it runs as one more contender in every round, so a change of clock
+frequency moves it as it moves the rows. Matrix products and a large read are shown beside it: on a
+processor with matrix units (AMX) 16-bit products go beyond the FMA peak, and so may PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from flashattn_lite import _ops
+from flashattn_lite.bench.cases import DTYPES
+from flashattn_lite.bench.timing import Clock, Contender, Rounds, interleave
+
+FMA_FLOPS = 200_000_000  # per thread and sample: some milliseconds
+
+
+def fma_peak() -> tuple[Callable[[], object], float]:
+    """The loop on torch's current number of threads, and the FLOPs of one call."""
+    done = float(_ops.fma_peak(FMA_FLOPS))
+    return lambda: _ops.fma_peak(FMA_FLOPS), done
+
+
+def measure(device: str, threads: tuple[int, ...], clock: Clock) -> dict[str, float]:
+    """FLOP/s and bytes/s by name, e.g. {"FMA, 1 thread": 9e10, "read, 1 thread": 1e10}."""
+    found = {}
+    rounds = Rounds(budget_s=0.15, at_least=3, at_most=15)
+    if device == "cuda":
+        return _cuda(clock, rounds)
+    for count in threads:
+        torch.set_num_threads(count)
+        on = f"{count} thread{'s' if count > 1 else ''}"
+        run, flops = fma_peak()
+        found[f"FMA fp32, {on}"] = flops / _best(run, clock, rounds)
+        for name, dtype in DTYPES.items():
+            n = 1024
+            a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
+            seconds = _best(lambda a=a, b=b: torch.mm(a, b), clock, rounds)  # type: ignore[misc]
+            found[f"matmul {name}, {on}"] = 2.0 * n**3 / seconds
+        buffer = torch.ones(2**26)  # 256 MiB: beyond most caches
+        found[f"read, {on}"] = 4.0 * buffer.numel() / _best(buffer.sum, clock, rounds)
+    return found
+
+
+def _cuda(clock: Clock, rounds: Rounds) -> dict[str, float]:
+    found = {}
+    for name in ("bf16", "fp16"):
+        n = 8192
+        a, b = (torch.randn(n, n, dtype=DTYPES[name], device="cuda") for _ in range(2))
+        seconds = _best(lambda a=a, b=b: torch.mm(a, b), clock, rounds)  # type: ignore[misc]
+        found[f"matmul {name}"] = 2.0 * n**3 / seconds
+    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    found["copy"] = 2.0 * source.numel() / _best(lambda: target.copy_(source), clock, rounds)
+    return found
+
+
+def _best(run: Callable[[], object], clock: Clock, rounds: Rounds) -> float:
+    """A ceiling is what the machine reaches, not what it does on average."""
+    return min(interleave({"ceiling": Contender(run)}, clock, rounds)["ceiling"].wall)
+
+
+def units(name: str, rate: float) -> str:
+    """
+    >>> units("read, 1 thread", 1.25e10), units("FMA fp32, 1 thread", 1e11)
+    ('12.5 GB/s', '100.0 GFLOP/s')
+    """
+    unit = "B/s" if name.startswith(("read", "copy")) else "FLOP/s"
+    scale, prefix = (1e12, "T") if rate >= 1e12 else (1e9, "G")
+    return f"{rate / scale:.1f} {prefix}{unit}"

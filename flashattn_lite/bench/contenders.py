@@ -1,0 +1,361 @@
+"""Who computes a case: this library and the competitors found at run time.
+
+Every contender gets the same numbers in the memory layout that it likes best: (batch, seqlen,
+heads, head_dim) for us, flash_attn and xformers, (batch, heads, seqlen, head_dim) for PyTorch. A
+backward contender runs forward and backward and returns the gradients too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from flashattn_lite.bench.cases import Case
+
+OURS = "flashattn_lite"
+Tensors = tuple[Tensor, ...]
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Inputs:
+    """A case's tensors, the same numbers in every layout."""
+
+    def __init__(self, case: Case, seed: int = 0) -> None:
+        self.case = case
+        generator = torch.Generator().manual_seed(seed)
+        total, dim = sum(case.sequences()), case.head_dim
+
+        def make(heads: int) -> Tensor:
+            t = torch.randn(total, heads, dim, generator=generator).to(case.torch_dtype)
+            return (t if case.lengths else t.view(case.batch, case.seqlen, heads, dim)).to(
+                case.device
+            )
+
+        self.q, self.k, self.v = make(case.heads), make(case.kv_heads), make(case.kv_heads)
+        self.dout = make(case.heads)
+        self.bias: Tensor | None = None
+        self.slopes: Tensor | None = None
+        if case.score == "bias":
+            bias = torch.randn(case.heads, case.seqlen, case.seqlen, generator=generator)
+            self.bias = bias.to(case.device, case.torch_dtype)[None]
+        elif case.score == "alibi":
+            exponents = torch.arange(1, case.heads + 1) * (-8.0 / case.heads)
+            self.slopes = torch.exp2(exponents).to(case.device)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """int32 (batch + 1)."""
+        lengths = torch.tensor([0, *self.case.sequences()])
+        return lengths.cumsum(0).to(torch.int32).to(self.case.device)
+
+    @cached_property
+    def position(self) -> tuple[Tensor, Tensor]:
+        """For every packed row: its sequence, and its place there."""
+        lengths = torch.tensor(self.case.sequences())
+        sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        start = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        place = torch.arange(int(lengths.sum())) - start
+        return sequence.to(self.case.device), place.to(self.case.device)
+
+    def padded(self, t: Tensor) -> Tensor:
+        """(total, heads, dim) -> (batch, longest, heads, dim), zeros at the end."""
+        shape = (len(self.case.sequences()), self.case.seqlen, *t.shape[1:])
+        result = t.new_zeros(shape)
+        result[self.position] = t
+        return result
+
+    def leaves(self, layout: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v (leaves that want gradients if the case has a backward) and dout."""
+        tensors = (self.q, self.k, self.v, self.dout)
+        if layout in ("padded", "padded_first"):
+            tensors = tuple(self.padded(t) for t in tensors)  # type: ignore[assignment]
+        if layout in ("heads_first", "padded_first"):
+            tensors = tuple(t.transpose(1, 2).contiguous() for t in tensors)  # type: ignore[assignment]
+        q, k, v, dout = (t.clone() for t in tensors)
+        if self.case.backward:
+            q, k, v = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+        return q, k, v, dout
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender bound to its tensors. ``run`` returns out, or (out, dq, dk, dv)."""
+
+    run: Callable[[], Tensors]
+    layout: str  # native, heads_first, padded_first
+    same_result: bool = True  # False: shown for comparison only, it computes something else
+
+
+def bind(case: Case, inputs: Inputs, forward: Forward, layout: str, same: bool = True) -> Entry:
+    """The forward function over the case's tensors, with its backward if the case has one."""
+    q, k, v, dout = inputs.leaves(layout)
+    if case.backward:
+
+        def both() -> Tensors:
+            out = forward(q, k, v)
+            return (out, *torch.autograd.grad(out, (q, k, v), dout))
+
+        return Entry(both, layout, same)
+
+    def only_forward() -> Tensors:
+        return (forward(q, k, v),)
+
+    return Entry(only_forward, layout, same)
+
+
+# ---- ours ---------------------------------------------------------------------------------------
+
+
+def ours(case: Case, inputs: Inputs, backend: str = "auto") -> Entry:
+    """The drop-in functions; ``attention`` where they have no such option."""
+    from flashattn_lite import attention, flash_attn_func, flash_attn_varlen_func
+
+    window = (-1, -1) if case.window is None else (case.window, 0)
+    if backend != "auto" or inputs.bias is not None:
+        options: dict[str, Any] = {"causal": case.causal, "backend": backend}
+        if case.window is not None:
+            options["window"] = window
+        if case.lengths:
+            options |= {"cu_seqlens_q": inputs.cu_seqlens, "cu_seqlens_k": inputs.cu_seqlens}
+            options |= {"max_seqlen_q": case.seqlen, "max_seqlen_k": case.seqlen}
+        options |= {"bias": inputs.bias, "alibi_slopes": inputs.slopes}
+
+        def every_option(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = attention(q, k, v, **options)
+            assert isinstance(out, Tensor)
+            return out
+
+        return bind(case, inputs, every_option, "native")
+    if case.lengths:
+        cu, longest = inputs.cu_seqlens, case.seqlen
+
+        def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = flash_attn_varlen_func(
+                q, k, v, cu, cu, longest, longest, causal=case.causal, window_size=window
+            )
+            assert isinstance(out, Tensor)
+            return out
+
+        return bind(case, inputs, varlen, "native")
+    causal, slopes = case.causal, inputs.slopes
+    options = {"window_size": window} if case.window is not None else {}
+    if slopes is not None:
+        options["alibi_slopes"] = slopes
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn_func(q, k, v, causal=causal, **options)  # type: ignore[return-value]
+
+    return bind(case, inputs, dense, "native")
+
+
+# ---- PyTorch ------------------------------------------------------------------------------------
+
+
+def sdpa(case: Case, inputs: Inputs, backend: SDPBackend | None = None) -> Entry:
+    """F.scaled_dot_product_attention, called as its documentation says for such a case."""
+    mask = _sdpa_mask(case, inputs)
+    causal = case.causal and mask is None
+    gqa = case.kv_heads != case.heads
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa
+        )
+
+    layout = "padded_first" if case.lengths else "heads_first"
+    if backend is None:
+        return bind(case, inputs, plain, layout)
+
+    def forced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return plain(q, k, v)
+
+    return bind(case, inputs, forced, layout)
+
+
+def _sdpa_mask(case: Case, inputs: Inputs) -> Tensor | None:
+    """The attn_mask that a case needs; None where is_causal says it all. Causal padding at the end
+    needs none: no real row sees it."""
+    n, device = case.seqlen, case.device
+    if case.lengths and not case.causal:
+        lengths = torch.tensor(case.lengths, device=device)[:, None, None, None]
+        return (torch.arange(n, device=device) < lengths).expand(-1, 1, n, n)
+    distance = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)
+    if case.window is not None:
+        return ((distance >= 0) & (distance <= case.window))[None, None]
+    if inputs.slopes is not None:
+        bias = -inputs.slopes[:, None, None] * distance.abs()
+        if case.causal:
+            bias = bias.masked_fill(distance < 0, float("-inf"))
+        return bias[None].to(case.torch_dtype)
+    if inputs.bias is not None and case.causal:
+        return inputs.bias.masked_fill(distance < 0, float("-inf"))
+    return inputs.bias
+
+
+def sdpa_causal(case: Case, inputs: Inputs) -> Entry:
+    """What somebody does who gives up the window for is_causal: another result."""
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return bind(case, inputs, plain, "heads_first", same=False)
+
+
+def sdpa_loop(case: Case, inputs: Inputs) -> Entry:
+    """One call per sequence: the other way to do a ragged batch with PyTorch."""
+    sizes = list(case.lengths)
+
+    def loop(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(*(torch.split(t.transpose(0, 1), sizes, dim=1) for t in (q, k, v)), strict=True)
+        outs = [
+            scaled_dot_product_attention(a[None], b[None], c[None], is_causal=case.causal)[0]
+            for a, b, c in parts
+        ]
+        return torch.cat(outs, dim=1).transpose(0, 1)
+
+    return bind(case, inputs, loop, "native")
+
+
+def flex(case: Case, inputs: Inputs) -> Entry:
+    """torch.compile(flex_attention) with the case's block mask."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    torch._dynamo.reset()  # it falls back to eager after eight recompilations
+    compiled = torch.compile(flex_attention, dynamic=False)
+    block_mask = None
+    if case.causal:
+        window = case.seqlen if case.window is None else case.window
+
+        def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (i >= j) & (i - j <= window)
+
+        n = case.seqlen
+        block_mask = create_block_mask(keep, None, None, n, n, device=case.device)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = compiled(q, k, v, block_mask=block_mask, enable_gqa=case.kv_heads != case.heads)
+        assert isinstance(out, Tensor)
+        return out
+
+    return bind(case, inputs, run, "heads_first")
+
+
+# ---- other packages -----------------------------------------------------------------------------
+
+
+def flash_attn(case: Case, inputs: Inputs) -> Entry:
+    module = importlib.import_module("flash_attn")
+    window = (-1, -1) if case.window is None else (case.window, 0)
+    options: dict[str, Any] = {"causal": case.causal, "window_size": window}
+    if inputs.slopes is not None:
+        options["alibi_slopes"] = inputs.slopes
+    cu, n = inputs.cu_seqlens, case.seqlen
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if case.lengths:
+            return module.flash_attn_varlen_func(q, k, v, cu, cu, n, n, **options)  # type: ignore[no-any-return]
+        return module.flash_attn_func(q, k, v, **options)  # type: ignore[no-any-return]
+
+    return bind(case, inputs, run, "native")
+
+
+def xformers(case: Case, inputs: Inputs) -> Entry:
+    ops = importlib.import_module("xformers.ops")
+    bias = ops.LowerTriangularMask() if case.causal else None
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.memory_efficient_attention(q, k, v, attn_bias=bias)  # type: ignore[no-any-return]
+
+    return bind(case, inputs, run, "native")
+
+
+# ---- the registry -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """``missing``: None, or why this machine does not have it. ``refuses``: None, or why it does
+    not run a case. ``explicit``: it takes part only when it is asked for by name."""
+
+    build: Callable[[Case, Inputs], Entry]
+    missing: Callable[[str], str | None]
+    refuses: Callable[[Case], str | None]
+    explicit: Callable[[str], bool] = lambda device: False
+
+
+def _here(device: str) -> str | None:
+    return None
+
+
+def _anything(case: Case) -> str | None:
+    return None
+
+
+def _cuda_only(device: str) -> str | None:
+    return None if device == "cuda" else "it runs on CUDA only"
+
+
+@cache
+def _importable(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return "it is not installed"
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # a package built for another torch or GPU: say so and go on
+        return f"it does not import: {type(error).__name__}: {str(error).splitlines()[0]}"
+    return None
+
+
+def _package(package: str) -> Callable[[str], str | None]:
+    return lambda device: _cuda_only(device) or _importable(package)
+
+
+def _only_dense(case: Case) -> str | None:
+    plain = not (case.lengths or case.score or case.window is not None or case.heads_k)
+    return None if plain else "measured on dense and causal shapes only"
+
+
+def _flex_refuses(case: Case) -> str | None:
+    if case.lengths or case.score:
+        return "measured on dense, causal and window shapes only"
+    return "it has no backward on the CPU" if case.backward and case.device == "cpu" else None
+
+
+def _forced(backend: SDPBackend) -> Competitor:
+    return Competitor(lambda c, i: sdpa(c, i, backend), _cuda_only, _only_dense)
+
+
+COMPETITORS: dict[str, Competitor] = {
+    "sdpa": Competitor(sdpa, _here, _anything),
+    "sdpa_causal": Competitor(
+        sdpa_causal,
+        _here,
+        lambda c: None if c.window is not None else "measured beside windows only",
+    ),
+    "sdpa_loop": Competitor(
+        sdpa_loop, _here, lambda c: None if c.lengths else "measured on ragged batches only"
+    ),
+    "sdpa_math": Competitor(
+        lambda c, i: sdpa(c, i, SDPBackend.MATH), _here, _only_dense, lambda device: device == "cpu"
+    ),
+    "sdpa_flash": _forced(SDPBackend.FLASH_ATTENTION),
+    "sdpa_cudnn": _forced(SDPBackend.CUDNN_ATTENTION),
+    "sdpa_efficient": _forced(SDPBackend.EFFICIENT_ATTENTION),
+    "flex": Competitor(flex, _here, _flex_refuses, lambda device: device == "cpu"),
+    "flash_attn": Competitor(
+        flash_attn,
+        _package("flash_attn"),
+        lambda c: "it has no bias" if c.score == "bias" else None,
+    ),
+    "xformers": Competitor(xformers, _package("xformers"), _only_dense),
+}

@@ -1,0 +1,90 @@
+"""Plots of a run as SVG files; nothing is drawn where matplotlib is not installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from flashattn_lite.bench.cases import DTYPES
+from flashattn_lite.bench.results import Results, Row
+from flashattn_lite.bench.timing import geometric_mean
+
+STYLES = {False: "o-", True: "s--"}  # dense, causal
+COLOURS = {"fp32": "#1b6ca8", "bf16": "#c1440e", "fp16": "#3c8d40"}
+
+
+def draw(results: Results, folder: Path, stem: str) -> list[str]:
+    """The files drawn into the folder, by name."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    pyplot.switch_backend("svg")
+    pyplot.rcParams["svg.hashsalt"] = "flashattn_lite"  # the same data gives the same file
+    drawn = []
+    for suite, title in (("forward", "Forward"), ("training", "Forward and backward")):
+        rows = [r for r in results.rows if r.case.suite == suite and r.figure() is not None]
+        if len({row.case.seqlen for row in rows}) > 1:
+            drawn.append((f"{stem}-{suite}.svg", _speed(pyplot, rows, title, results.clock)))
+    rows = [r for r in results.rows if r.case.suite == "memory" and r.ours in r.samples]
+    if len({row.case.seqlen for row in rows}) > 1:
+        drawn.append((f"{stem}-memory.svg", _memory(pyplot, rows)))
+    if drawn:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in drawn:
+        figure.savefig(folder / name, metadata={"Date": None})
+        pyplot.close(figure)
+    return [name for name, _ in drawn]
+
+
+def _axes(pyplot: Any, title: str, label: str) -> tuple[Any, Any]:
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.set_title(title)
+    axes.set_xlabel("sequence length")
+    axes.set_ylabel(label)
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _speed(pyplot: Any, rows: list[Row], title: str, clock: str) -> Any:
+    """The ratio over the length: the geometric mean over the shapes of that length."""
+    figure, axes = _axes(pyplot, title, "PyTorch's time / ours")
+    for dtype in DTYPES:
+        for causal, style in STYLES.items():
+            by_length: dict[int, list[float]] = defaultdict(list)
+            for row in rows:
+                if (row.case.dtype, row.case.causal) == (dtype, causal):
+                    by_length[row.case.seqlen].append(row.figure(clock) or 1.0)
+            if by_length:
+                lengths = sorted(by_length)
+                means = [geometric_mean(by_length[n]) for n in lengths]
+                label = f"{dtype} {'causal' if causal else 'dense'}"
+                axes.plot(lengths, means, style, color=COLOURS[dtype], label=label)
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(sorted({row.case.seqlen for row in rows}))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _memory(pyplot: Any, rows: list[Row]) -> Any:
+    figure, axes = _axes(pyplot, "Peak memory beyond the inputs", "MiB")
+    dtype = rows[0].case.dtype
+    for name in dict.fromkeys(name for row in rows for name in row.samples):
+        points = [
+            (row.case.seqlen, row.samples[name].wall[0] / 2**20)
+            for row in rows
+            if name in row.samples and row.case.dtype == dtype
+        ]
+        axes.plot(*zip(*points, strict=True), "o-", label=name)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(sorted({row.case.seqlen for row in rows}))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize="small")
+    return figure

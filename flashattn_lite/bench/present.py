@@ -1,0 +1,217 @@
+"""What a run's tables say: columns, group summaries, losses. Terminal and Markdown share them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+from flashattn_lite.bench import isa, machine, tables
+from flashattn_lite.bench.ceilings import units
+from flashattn_lite.bench.results import Results, Row, groups_of
+
+TITLES = {
+    "forward": "Forward",
+    "training": "Training: forward and backward",
+    "masks": "Masks: window, ragged batches, bias, ALiBi, grouped heads",
+    "overhead": "Small calls",
+    "memory": "Peak memory of a call beyond its inputs",
+    "scaling": "From one thread to several",
+}
+SHAPE = "batch x heads x length x head dim"
+GROWTH_AIM = 1.1  # peak memory grows like length^1: the fitted exponent is at most this
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def header(results: Results) -> list[str]:
+    """The machine, the ceilings, who took part."""
+    lines = machine.headline(results.facts)
+    emulated = results.settings.get("isa")
+    if emulated:
+        lines.append(f"NOTE     {isa.sentence(emulated)}")
+    for first in range(0, len(results.ceilings), 4):
+        some = list(results.ceilings.items())[first : first + 4]
+        text = "; ".join(f"{name}: {units(name, rate)}" for name, rate in some)
+        lines.append(f"{'' if first else 'ceilings':<8} {text}")
+    for reason in dict.fromkeys(results.absent.values()):
+        names = [name for name, why in results.absent.items() if why == reason]
+        lines.append(f"absent   {', '.join(names)}: {reason}")
+    return lines
+
+
+def mark(figure: float, aim: float = 1.0, digits: int = 2) -> str:
+    """The figure with the mark that tables.py colours: at the aim or better, or under it."""
+    return f"{'+' if figure >= aim else '!'}{figure:.{digits}f}"
+
+
+def suite_table(suite: str, rows: Sequence[Row], clock: str) -> Table:
+    """The suite's rows."""
+    if suite == "memory":
+        return _memory_table(rows)
+    if suite == "scaling":
+        return _scaling_table(rows)
+    return _speed_table(rows, clock)
+
+
+def _speed_table(rows: Sequence[Row], clock: str) -> Table:
+    others = list(dict.fromkeys(n for r in rows for n in r.ratios if n != r.baseline))
+    with_peak = any(row.peak is not None for row in rows)
+    with_cpu = any(row.cpu_ratio is not None for row in rows)
+    on_cpu = any(row.case.device == "cpu" for row in rows)
+    headers = [SHAPE, "dtype"] + (["threads"] if on_cpu else [])
+    headers += ["ours", "PyTorch", "ratio", "quartiles"] + (["CPU time"] if with_cpu else [])
+    headers += [f"vs {name}" for name in others] + (["of FMA peak"] if with_peak else [])
+    headers += ["error", "PyTorch's"]
+    body = []
+    for row in rows:
+        cells = [row.case.short(), row.case.dtype] + ([str(row.case.threads)] if on_cpu else [])
+        if row.failure is not None:
+            body.append([*cells, "!FAILED", *[""] * (len(headers) - len(cells) - 1)])
+            continue
+        main = row.ratios.get(row.baseline)
+        cells.append(tables.seconds(row.samples[row.ours].median("wall")))
+        if main is None:
+            cells += ["-", "-", "-"]
+        else:
+            cells.append(tables.seconds(row.samples[row.baseline].median("wall")))
+            cells += [mark(main.median), f"{main.q1:.2f}-{main.q3:.2f}"]
+        if with_cpu:
+            cells.append(mark(row.cpu_ratio.median) if row.cpu_ratio else "")
+        cells += [f"{row.ratios[n].median:.2f}" if n in row.ratios else "" for n in others]
+        if with_peak:
+            cells.append("" if row.peak is None else f"{row.peak:.0%}")
+        body.append([*cells, _scientific(row.error), _scientific(row.baseline_error)])
+    return headers, body
+
+
+def _memory_table(rows: Sequence[Row]) -> Table:
+    names = list(dict.fromkeys(name for row in rows for name in row.samples))
+    headers = [SHAPE, "dtype", *names, "ratio"]
+    body = []
+    for row in rows:
+        kept = [tables.size(row.samples[n].wall[0]) if n in row.samples else "" for n in names]
+        figure = row.figure()
+        last = "!FAILED" if row.failure else "" if figure is None else mark(figure)
+        body.append([row.case.short(), row.case.dtype, *kept, last])
+    return headers, body
+
+
+def _scaling_table(rows: Sequence[Row]) -> Table:
+    headers = [SHAPE, "dtype", "threads", "work", "ours", "quartiles", "PyTorch's"]
+    body = []
+    for row in rows:
+        work = "training" if row.case.backward else "forward"
+        cells = [row.case.short(), row.case.dtype, f"1 -> {row.case.threads}", work]
+        mine = row.ratios.get(row.baseline)
+        if row.failure is not None or mine is None:
+            body.append([*cells, "!FAILED", "", ""])
+            continue
+        theirs = row.ratios.get("sdpa")
+        cells += [mark(mine.median, 1.85), f"{mine.q1:.2f}-{mine.q3:.2f}"]
+        body.append([*cells, f"{theirs.median:.2f}" if theirs else ""])
+    return headers, body
+
+
+def group_table(rows: Sequence[Row], clock: str) -> Table:
+    """Geometric means beside their aims."""
+    headers = ["group", "rows", "geometric mean", "least", "aim", ""]
+    body = []
+    for found in groups_of(rows, clock):
+        name = f"{found.group.suite}: {found.group.title}"
+        body.append(
+            [
+                *(name, str(found.rows), mark(found.mean, found.group.aim)),
+                *(mark(found.least), f"{found.group.aim:.2f}", "+met" if found.met else "!missed"),
+            ]
+        )
+    share = peak_at_aim(rows)
+    if share is not None:
+        headline, met = f"{share:.0%}", share >= 0.8
+        title = "forward: least share of the FMA peak, head dim 128 from length 1024"
+        body.append(
+            [title, "", ("+" if met else "!") + headline, "", "80%", "+met" if met else "!missed"]
+        )
+    exponent = growth(rows)
+    if exponent is not None:
+        met = exponent <= GROWTH_AIM
+        title = "memory: peak grows like length to the power of"
+        figure = ("+" if met else "!") + f"{exponent:.2f}"
+        body.append([title, "", figure, "", f"{GROWTH_AIM:.2f}", "+met" if met else "!missed"])
+    return headers, body
+
+
+def peak_at_aim(rows: Sequence[Row]) -> float | None:
+    """The least share of the FMA peak among the rows that the aim of 80 % is about."""
+    shares = [
+        row.peak
+        for row in rows
+        if row.peak is not None
+        and (row.case.suite, row.case.head_dim) == ("forward", 128)
+        and row.case.seqlen >= 1024
+    ]
+    return min(shares, default=None)
+
+
+def growth(rows: Sequence[Row]) -> float | None:
+    """The exponent of our peak memory over length: slope of the logarithms, least squares."""
+    points = [
+        (math.log(row.case.seqlen), math.log(max(row.samples[row.ours].wall[0], 1.0)))
+        for row in rows
+        if row.case.suite == "memory" and row.ours in row.samples
+    ]
+    if len({x for x, _ in points}) < 2:
+        return None
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
+
+
+def losses(rows: Sequence[Row], clock: str) -> list[str]:
+    """A sentence for every row in which PyTorch is faster (or smaller)."""
+    lines = []
+    for row in rows:
+        figure = row.figure(clock)
+        if figure is None or not row.loses(clock) or row.case.suite == "scaling":
+            continue
+        more = "takes" if row.case.suite != "memory" else "needs"
+        of = "the time" if row.case.suite != "memory" else "the memory"
+        threads = f", {row.case.threads} threads" if row.case.threads > 1 else ""
+        work = "training, " if row.case.backward else ""
+        lines.append(
+            f"{row.case.suite}: {work}{row.case.label()}, {row.case.dtype}{threads}: "
+            f"{more} {1 / figure:.2f} times {of} of {row.baseline}"
+        )
+    return lines
+
+
+def show(results: Results, out: Callable[[str], None] = print) -> None:
+    """All tables, the groups, the losses and the failures, on the terminal."""
+    for suite in results.suites():
+        show_suite(suite, results, out)
+    show_summary(results, out)
+
+
+def show_suite(suite: str, results: Results, out: Callable[[str], None] = print) -> None:
+    rows = [row for row in results.rows if row.case.suite == suite]
+    out("\n" + tables.paint(TITLES[suite], tables.BOLD))
+    out(tables.terminal(*suite_table(suite, rows, results.clock), left=2))
+
+
+def show_summary(results: Results, out: Callable[[str], None] = print) -> None:
+    headers, body = group_table(results.rows, results.clock)
+    if body:
+        out("\n" + tables.paint("Aims", tables.BOLD) + f" (by {results.clock} time)")
+        out(tables.terminal(headers, body))
+    lost = losses(results.rows, results.clock)
+    measured = sum(row.figure(results.clock) is not None for row in results.rows)
+    out(f"\nLosses: {len(lost)} of {measured} rows" + (":" if lost else "."))
+    for line in lost:
+        out("  " + tables.paint(line, tables.RED))
+    for note in dict.fromkeys(note for row in results.rows for note in row.notes):
+        out(f"  did not run: {note}")
+    for row in results.failures:
+        text = f"  FAILED {row.case.suite}: {row.case.label()}, {row.case.dtype}: {row.failure}"
+        out(tables.paint(text, tables.RED))
+
+
+def _scientific(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"

@@ -1,0 +1,234 @@
+"""From cases to rows: build the contenders, check exactness, measure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from flashattn_lite.bench import ceilings, exactness, machine, memory
+from flashattn_lite.bench.cases import Case
+from flashattn_lite.bench.contenders import COMPETITORS, OURS, Entry, Inputs, ours
+from flashattn_lite.bench.results import Row
+from flashattn_lite.bench.timing import (
+    Clock,
+    Contender,
+    CpuClock,
+    CudaClock,
+    HostClock,
+    Rounds,
+    Samples,
+    interleave,
+    ratio,
+)
+
+FMA = "fma"  # the ceiling's name among the samples
+OVERHEAD = Rounds(budget_s=1.0, at_least=15, min_sample_s=0.01)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How rows are measured."""
+
+    rounds: Rounds = field(default_factory=Rounds)
+    competitors: tuple[str, ...] = ("sdpa",)  # the first one that runs a case is its baseline
+    clock: str = "wall"
+    cold_l2: bool = True
+
+
+def choose(device: str, wanted: Sequence[str] | None = None) -> tuple[list[str], dict[str, str]]:
+    """The competitors that take part on a device, and for the others why not."""
+    unknown = sorted(set(wanted or ()) - set(COMPETITORS))
+    if unknown:
+        raise ValueError(f"--competitors has {', '.join(unknown)}; known: {', '.join(COMPETITORS)}")
+    present, absent = [], {}
+    for name, competitor in COMPETITORS.items():
+        if wanted is not None and name not in wanted:
+            continue
+        reason = competitor.missing(device)
+        if reason is None and wanted is None and competitor.explicit(device):
+            reason = "not asked for (--competitors)"
+        if reason is None:
+            present.append(name)
+        else:
+            absent[name] = reason
+    if device == "cuda":  # PyTorch's best there is a backend by name
+        present.sort(key=lambda name: name != "sdpa_flash")
+    return present, absent
+
+
+def run(
+    cases: Iterable[Case], settings: Settings, before: Callable[[Case], None] = lambda case: None
+) -> list[Row]:
+    """A row for every case; ``before`` is called with each case as it begins."""
+    rows = []
+    for case in cases:
+        before(case)
+        rows.append(measure(case, settings))
+    return rows
+
+
+def cost(case: Case, settings: Settings) -> float:
+    """Estimated seconds of a row, for the progress bar."""
+    if case.suite == "memory":
+        return 6.0 + case.flops() / 2e10
+    slow = 8.0 if case.backward and case.dtype != "fp32" else 2.5
+    rate = 5e10 * case.threads if case.device == "cpu" else 1e14
+    once = slow * case.flops() / rate
+    return 0.2 + max(settings.rounds.budget_s, (settings.rounds.at_least + 2) * once)
+
+
+def measure(case: Case, settings: Settings) -> Row:
+    """One row. What goes wrong is in ``failure``: an inexact result, or an error."""
+    try:
+        if case.suite == "memory":
+            return _measure_memory(case, settings)
+        return _measure_time(case, settings)
+    except Exception as error:  # one broken row must not cost the others
+        text = str(error).strip().splitlines() or [""]
+        return Row(case, failure=f"{type(error).__name__}: {text[0]}")
+
+
+def clock_for(case: Case, settings: Settings) -> Clock:
+    if case.device == "cpu":
+        return CpuClock()
+    if case.suite == "overhead":
+        return HostClock()
+    return CudaClock(torch.device(case.device), settings.cold_l2)
+
+
+def _measure_time(case: Case, settings: Settings) -> Row:
+    row = Row(case, ours=OURS)
+    inputs = Inputs(case)
+    with _all_threads(case):
+        known = list(exactness.truths(case, inputs))
+    entries = _entries(case, inputs, settings, row)
+    if _inexact(case, inputs, entries, known, row):
+        return row
+    if case.suite == "scaling":
+        return _measure_scaling(case, settings, entries, row)
+    contenders = {name: Contender(entry.run) for name, entry in entries.items()}
+    fma_flops = 0.0
+    if case.device == "cpu" and case.suite != "overhead":
+        peak, fma_flops = ceilings.fma_peak()
+        contenders[FMA] = Contender(peak)
+    rounds = OVERHEAD if case.suite == "overhead" else settings.rounds
+    row.samples = interleave(contenders, clock_for(case, settings), rounds)
+    mine = row.samples[OURS]
+    for name, theirs in row.samples.items():
+        if name not in (OURS, FMA):
+            row.ratios[name] = ratio(theirs.wall, mine.wall)
+    if case.device == "cpu" and case.threads == 1 and row.baseline:
+        row.cpu_ratio = ratio(row.samples[row.baseline].cpu, mine.cpu)
+    if fma_flops:
+        clock = settings.clock if case.threads == 1 else "wall"
+        pairs = zip(row.samples[FMA].of(clock), mine.of(clock), strict=True)
+        row.peak = statistics.median(case.flops() / t / (fma_flops / p) for p, t in pairs)
+    return row
+
+
+def _entries(case: Case, inputs: Inputs, settings: Settings, row: Row) -> dict[str, Entry]:
+    """Ours and every competitor that runs the case; the row notes who does not, and why."""
+    if case.device == "cpu":
+        torch.set_num_threads(case.threads)
+    entries = {OURS: ours(case, inputs)}
+    if case.device == "cuda" and case.suite in ("forward", "training"):
+        entries["flash1"] = ours(case, inputs, "flash1")
+    for name in settings.competitors:
+        competitor = COMPETITORS[name]
+        if competitor.refuses(case) is not None:
+            continue
+        try:
+            entry = competitor.build(case, inputs)
+            entry.run()
+        except Exception as error:  # it says here that it cannot: no reason to stop
+            text = str(error).strip().splitlines() or [""]
+            row.notes.append(f"{name}: {type(error).__name__}: {text[0]}")
+            continue
+        entries[name] = entry
+        row.baseline = row.baseline or (name if entry.same_result else "")
+    return entries
+
+
+def _inexact(
+    case: Case,
+    inputs: Inputs,
+    entries: dict[str, Entry],
+    known: list[exactness.Truth],
+    row: Row,
+) -> bool:
+    """Checks ours, which must be exact, and the baseline, whose error is shown beside it."""
+    for name, entry in entries.items():
+        if name not in (OURS, "flash1", row.baseline):
+            continue
+        found = exactness.check(case, inputs, known, entry.run(), entry.layout)
+        if name == row.baseline:
+            row.baseline_error = found.error
+            continue
+        if name == OURS:
+            row.error, row.budget_used = found.error, found.used
+        if not found.exact:
+            row.failure = (
+                f"{name} is inexact: {found.worst} uses {found.used:.2f} times its error budget"
+            )
+            return True
+    return False
+
+
+def _measure_scaling(case: Case, settings: Settings, entries: dict[str, Entry], row: Row) -> Row:
+    """The same call on one thread and on case.threads, in turn."""
+    contenders = {
+        f"{name}, {threads} thread{'s' if threads > 1 else ''}": Contender(entry.run, threads)
+        for name, entry in entries.items()
+        for threads in (1, case.threads)
+    }
+    row.samples = interleave(contenders, CpuClock(), settings.rounds)
+    for name in entries:
+        one, many = (row.samples[s].wall for s in contenders if s.startswith(name + ","))
+        key = f"{OURS}, 1 thread" if name == OURS else name
+        row.ratios[key] = ratio(one, many)
+    row.ours, row.baseline = f"{OURS}, {case.threads} threads", f"{OURS}, 1 thread"
+    return row
+
+
+def _measure_memory(case: Case, settings: Settings) -> Row:
+    row = Row(case, ours=OURS)
+    exact = measure(replace(case, suite="training", seqlen=min(case.seqlen, 1024)), _BRIEF)
+    row.error, row.budget_used = exact.error, exact.budget_used
+    row.baseline_error, row.failure = exact.baseline_error, exact.failure
+    if row.failure is not None:
+        return row
+    names = [OURS, *(n for n in settings.competitors if COMPETITORS[n].refuses(case) is None)]
+    if case.seqlen <= 4096 and "sdpa_math" not in names:  # standard attention: the whole matrix
+        names.append("sdpa_math")
+    for name in names:
+        try:
+            row.samples[name] = Samples(wall=[float(memory.measure(case, name))])
+        except memory.MeasurementError as error:
+            if name == OURS:
+                row.failure = str(error)
+                return row
+            row.notes.append(f"{name}: {error}")
+            continue
+        if name != OURS:
+            row.ratios[name] = ratio(row.samples[name].wall, row.samples[OURS].wall)
+            row.baseline = row.baseline or name
+    return row
+
+
+_BRIEF = Settings(rounds=Rounds(budget_s=0.0, at_least=1, at_most=1))
+
+
+class _all_threads:  # noqa: N801  (used like a function)
+    """The oracle may use every processor; the case's own number of threads is set afterwards."""
+
+    def __init__(self, case: Case) -> None:
+        self.on_cpu = case.device == "cpu"
+
+    def __enter__(self) -> None:
+        torch.set_num_threads(len(machine.usable_processors()))
+
+    def __exit__(self, *_: object) -> None:
+        return None

@@ -1,0 +1,345 @@
+"""The suites: which cases each holds at each size, and the groups that have an aim."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flashattn_lite.bench.cases import DTYPES, Case
+
+SUITES = ("forward", "training", "masks", "overhead", "memory", "scaling")
+SIZES = ("quick", "default", "full")
+
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+HEAD_DIMS = (64, 80, 96, 128, 256)
+TOKENS = 8192  # batch x heads x length of the "large" CPU shapes: the work grows with the length
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked for on the command line."""
+
+    size: str = "default"
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    threads: tuple[int, ...] = (1, 2)
+    device: str = "cpu"
+
+    def case(self, suite: str, **shape: Any) -> Case:
+        return Case(suite=suite, device=self.device, **shape)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows that share an aim: the geometric mean of their figures is at least ``aim``."""
+
+    suite: str
+    title: str
+    aim: float
+    holds: Callable[[Case], bool]
+    device: str = "cpu"
+
+    def contains(self, case: Case) -> bool:
+        return case.suite == self.suite and case.device == self.device and self.holds(case)
+
+
+def cases_of(suite: str, plan: Plan) -> list[Case]:
+    """The suite's cases; those of one number of threads are neighbours."""
+    if suite not in SUITES:
+        raise ValueError(f"suite is {suite!r}; it must be one of {', '.join(SUITES)}")
+    cases = (_CUDA if plan.device == "cuda" else _CPU)[suite](plan)
+    unique = list(dict.fromkeys(case for case in cases if case.dtype in plan.dtypes))
+    return sorted(unique, key=lambda case: case.threads)
+
+
+# ---- CPU ----------------------------------------------------------------------------------------
+
+
+def _large(seqlen: int) -> dict[str, int]:
+    heads = min(16, max(1, TOKENS // seqlen))
+    return {"seqlen": seqlen, "heads": heads, "batch": max(1, TOKENS // seqlen // heads)}
+
+
+def _small(seqlen: int) -> dict[str, int]:
+    return {"seqlen": seqlen, "heads": 1, "batch": 1}
+
+
+def _shapes(plan: Plan, lengths: Sequence[int]) -> list[dict[str, int]]:
+    """Shape and threads; the default size visits every length, head dim and number of threads, and
+    both kinds of batch x heads, without multiplying them all out."""
+    threads = plan.threads
+    if plan.size == "quick":
+        return [
+            {**_large(128), "head_dim": 64, "threads": threads[0]},
+            {**_large(512), "head_dim": 64, "threads": threads[-1]},
+            {**_large(1024), "head_dim": 128, "threads": threads[0]},
+        ]
+    if plan.size == "full":
+        return [
+            {**kind(n), "head_dim": d, "threads": t}
+            for t in threads
+            for d in HEAD_DIMS
+            for n in lengths
+            for kind in (_large, _small)
+        ]
+    chosen = []
+    for i, n in enumerate(lengths):
+        chosen.append({**_large(n), "head_dim": 64, "threads": threads[i % len(threads)]})
+        chosen.append({**_large(n), "head_dim": 128, "threads": threads[(i + 1) % len(threads)]})
+        if n in (128, 512, 2048):
+            chosen.append({**_small(n), "head_dim": 64, "threads": threads[-1]})
+            chosen.append({**_small(n), "head_dim": 128, "threads": threads[0]})
+    for i, d in enumerate((80, 96, 256)):
+        chosen.append({**_large(256), "head_dim": d, "threads": threads[i % len(threads)]})
+        chosen.append({**_large(1024), "head_dim": d, "threads": threads[(i + 1) % len(threads)]})
+    return chosen
+
+
+def _forward(plan: Plan) -> list[Case]:
+    return [
+        plan.case("forward", dtype=dtype, causal=causal, **shape)
+        for dtype in plan.dtypes
+        for causal in (False, True)
+        for shape in _shapes(plan, LENGTHS)
+    ]
+
+
+def _training(plan: Plan) -> list[Case]:
+    cases = []
+    for dtype in plan.dtypes:
+        # PyTorch's 16-bit backward takes many times as long as its float32 one.
+        longest = {"quick": 1024, "default": 2048, "full": 4096}[plan.size]
+        longest = 2 * longest if dtype == "fp32" else longest
+        if plan.size == "default":
+            shapes: list[dict[str, int]] = []
+            for i, n in enumerate(n for n in LENGTHS if n <= longest):
+                t = plan.threads[i % len(plan.threads)]
+                shapes.append({**_large(n), "head_dim": 64 if i % 2 else 128, "threads": t})
+            shapes.append({**_small(512), "head_dim": 64, "threads": plan.threads[-1]})
+            shapes.append({**_large(512), "head_dim": 96, "threads": plan.threads[0]})
+        else:
+            shapes = _shapes(plan, [n for n in LENGTHS if n <= longest])
+        if plan.size == "quick":
+            shapes = shapes[:2]
+        for causal in (False, True):
+            for shape in shapes:
+                if dtype != "fp32":  # half the batch x heads
+                    shape = {**shape, "heads": max(1, shape["heads"] // 2)}
+                cases.append(
+                    plan.case("training", dtype=dtype, causal=causal, backward=True, **shape)
+                )
+    return cases
+
+
+def ragged_lengths(count: int = 20, longest: int = 1024) -> tuple[int, ...]:
+    """Sequence lengths as a batch of requests has them: many short, few long; the same ones always.
+
+    >>> len(ragged_lengths()), max(ragged_lengths())
+    (20, 1024)
+    """
+    generator = random.Random(20)
+    lengths = [max(1, int(longest * generator.random() ** 2)) for _ in range(count - 1)]
+    return (longest, *lengths)
+
+
+def _masks(plan: Plan) -> list[Case]:
+    dtypes = plan.dtypes[:1] if plan.size == "quick" else plan.dtypes
+    threads = plan.threads if plan.size == "full" else plan.threads[:1]
+    cases = []
+    for t in threads:
+        for dtype in dtypes:
+            common: dict[str, Any] = {"dtype": dtype, "threads": t}
+            window: dict[str, Any] = {"seqlen": 4096, "causal": True, "window": 128, **common}
+            lengths = ragged_lengths()
+            ragged: dict[str, Any] = {
+                **{"lengths": lengths, "batch": len(lengths), "seqlen": max(lengths)},
+                **{"heads": 8, "head_dim": 64, **common},
+            }
+            cases += [
+                plan.case("masks", heads=2, head_dim=64, **window),
+                plan.case("masks", **ragged),
+                plan.case("masks", causal=True, **ragged),
+            ]
+            if plan.size != "quick":
+                one = {"seqlen": 1024, "heads": 8, "head_dim": 64, **common}
+                cases += [
+                    plan.case("masks", heads=2, head_dim=128, **window),
+                    plan.case("masks", **{**ragged, "head_dim": 128}),
+                    plan.case("masks", causal=True, heads_k=2, **one),
+                    plan.case("masks", score="bias", **one),
+                    plan.case("masks", causal=True, score="alibi", **one),
+                ]
+    return cases
+
+
+def _overhead(plan: Plan) -> list[Case]:
+    dtypes = plan.dtypes[:1] if plan.size == "quick" else plan.dtypes
+    return [
+        plan.case("overhead", dtype=d, seqlen=n, heads=h, head_dim=32, causal=causal, backward=b)
+        for d in dtypes
+        for n, h, causal in ((1, 1, False), (8, 2, True), (16, 4, False))
+        for b in (False, True)
+    ]
+
+
+def _memory(plan: Plan) -> list[Case]:
+    longest = 4096 if plan.size == "quick" else 16384
+    dtypes = plan.dtypes if plan.size == "full" else plan.dtypes[:1]
+    lengths = [n for n in (1024, 2048, 4096, 8192, 16384) if n <= longest]
+    return [
+        plan.case(
+            "memory",
+            **{"dtype": dtype, "seqlen": n, "heads": 2, "head_dim": 64, "causal": True},
+            **{"backward": True, "threads": plan.threads[-1]},
+        )
+        for dtype in dtypes
+        for n in (lengths[::2] if plan.size == "quick" else lengths)
+    ]
+
+
+def _scaling(plan: Plan) -> list[Case]:
+    if max(plan.threads) == 1:
+        return []
+    dtypes = plan.dtypes[:1] if plan.size == "quick" else plan.dtypes
+    cases = [
+        plan.case(
+            "scaling",
+            **{"dtype": dtype, "causal": causal, "backward": backward, "threads": t},
+            **{"seqlen": 1024, "heads": 8, "head_dim": 64},
+        )
+        for t in plan.threads
+        if t > 1
+        for dtype in dtypes
+        for causal in (False, True)
+        for backward in (False, True)
+    ]
+    if plan.size == "full":
+        cases += [replace(c, seqlen=2048, heads=4, head_dim=128) for c in cases]
+    return cases
+
+
+# ---- CUDA ---------------------------------------------------------------------------------------
+
+CUDA_TOKENS, CUDA_WIDTH = 16384, 2048  # the papers' setting: batch x length, heads x head dim
+
+
+def _cuda_shapes(plan: Plan) -> list[dict[str, int]]:
+    lengths = {"quick": (2048, 8192), "default": (512, 1024, 2048, 4096, 8192, 16384)}
+    head_dims = {"quick": (128,), "default": (64, 128)}.get(plan.size, (64, 96, 128, 256))
+    return [
+        {"batch": CUDA_TOKENS // n, "seqlen": n, "heads": CUDA_WIDTH // d, "head_dim": d}
+        for d in head_dims
+        for n in lengths.get(plan.size, lengths["default"])
+    ]
+
+
+def _cuda_dense(suite: str, plan: Plan) -> list[Case]:
+    return [
+        plan.case(suite, dtype=d, causal=causal, backward=suite == "training", **shape)
+        for d in plan.dtypes
+        if d != "fp32"
+        for causal in (False, True)
+        for shape in _cuda_shapes(plan)
+    ]
+
+
+def _cuda_masks(plan: Plan) -> list[Case]:
+    lengths = ragged_lengths(20, 4096)
+    return [
+        case
+        for d in plan.dtypes
+        if d != "fp32"
+        for case in (
+            plan.case(
+                "masks",
+                **{"dtype": d, "seqlen": 8192, "heads": 16, "head_dim": 128},
+                **{"causal": True, "window": 128},
+            ),
+            plan.case(
+                "masks",
+                **{"dtype": d, "lengths": lengths, "batch": len(lengths), "seqlen": 4096},
+                **{"heads": 16, "head_dim": 128, "causal": True},
+            ),
+        )
+    ]
+
+
+def _cuda_overhead(plan: Plan) -> list[Case]:
+    return [
+        plan.case("overhead", dtype=d, seqlen=16, heads=2, head_dim=64, backward=b)
+        for d in plan.dtypes
+        if d != "fp32"
+        for b in (False, True)
+    ]
+
+
+def _cuda_memory(plan: Plan) -> list[Case]:
+    longest = 8192 if plan.size == "quick" else 32768
+    return [
+        plan.case(
+            "memory",
+            **{"dtype": d, "seqlen": n, "heads": 16, "head_dim": 128},
+            **{"causal": True, "backward": True},
+        )
+        for d in plan.dtypes[1:2]
+        for n in (1024, 2048, 4096, 8192, 16384, 32768)
+        if n <= longest
+    ]
+
+
+_CPU: dict[str, Callable[[Plan], list[Case]]] = {
+    "forward": _forward,
+    "training": _training,
+    "masks": _masks,
+    "overhead": _overhead,
+    "memory": _memory,
+    "scaling": _scaling,
+}
+_CUDA: dict[str, Callable[[Plan], list[Case]]] = {
+    "forward": lambda plan: _cuda_dense("forward", plan),
+    "training": lambda plan: _cuda_dense("training", plan),
+    "masks": _cuda_masks,
+    "overhead": _cuda_overhead,
+    "memory": _cuda_memory,
+    "scaling": lambda plan: [],  # threads are the CPU's
+}
+
+
+# ---- aims ---------------------------------------------------------------------------------------
+
+
+def _is(dtype: str, causal: bool, longest: float = float("inf")) -> Callable[[Case], bool]:
+    return lambda c: (c.dtype, c.causal) == (dtype, causal) and c.seqlen <= longest
+
+
+def _groups() -> list[Group]:
+    groups = []
+    for suite, aims in {
+        "forward": {"fp32": (1.05, 1.25), "bf16": (1.1, 1.35), "fp16": (1.5, 1.8)},
+        "training": {"fp32": (1.1, 1.3), "bf16": (6.0, 6.0), "fp16": (6.0, 6.0)},
+    }.items():
+        for dtype, (dense, causal) in aims.items():
+            groups.append(Group(suite, f"{dtype} dense", dense, _is(dtype, False)))
+            groups.append(Group(suite, f"{dtype} causal", causal, _is(dtype, True)))
+            if suite == "forward" and dtype == "fp32":
+                title = "fp32 causal, lengths up to 1024"
+                groups.append(Group(suite, title, 1.7, _is(dtype, True, longest=1024)))
+    groups += [
+        Group("masks", "window 128 at 4096, against a mask", 25.0, lambda c: c.window == 128),
+        Group("masks", "20 ragged sequences, against padding", 1.5, lambda c: bool(c.lengths)),
+        Group("masks", "bias, ALiBi, grouped heads", 1.0, lambda c: bool(c.score or c.heads_k)),
+        Group("overhead", "small calls, forward", 0.8, lambda c: not c.backward),
+        Group("overhead", "small calls, forward + backward", 0.8, lambda c: c.backward),
+        Group("scaling", "1 -> 2 threads", 1.85, lambda c: c.threads == 2),
+        Group("memory", "peak memory, against PyTorch", 1.0, lambda c: True),
+    ]
+    for suite in ("forward", "training"):
+        for d in ("bf16", "fp16"):
+            for causal in (False, True):
+                title = f"{d} {'causal' if causal else 'dense'}"
+                groups.append(Group(suite, title, 1.0, _is(d, causal), device="cuda"))
+    return groups
+
+
+GROUPS = _groups()

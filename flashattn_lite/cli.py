@@ -1,0 +1,74 @@
+"""The command line: ``flashattn-lite info | demo | bench``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from flashattn_lite import __version__
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    from flashattn_lite.bench import command as bench
+
+    top = argparse.ArgumentParser(
+        prog="flashattn-lite", description="Exact attention for CPU and GPU."
+    )
+    top.add_argument("--version", action="version", version=f"flashattn_lite {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="command")
+
+    info = commands.add_parser("info", help="what was built, and what of it this machine can use")
+    info.add_argument("--json", action="store_true", help="for programs")
+    info.set_defaults(run=_info)
+
+    demo = commands.add_parser(
+        "demo", help="exactness and speed on this machine, in less than three minutes"
+    )
+    demo.set_defaults(run=_demo)
+
+    bench.add_parser(commands)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    known = parser().parse_args(words)
+    known.arguments = words
+    try:
+        return int(known.run(known))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+def _info(known: argparse.Namespace) -> int:
+    from flashattn_lite.bench import isa, machine
+
+    facts = machine.describe()
+    facts["emulated_isa"] = isa.emulated()
+    if known.json:
+        print(json.dumps(facts, indent=1))
+        return 0
+    print("\n".join(machine.headline(facts)))
+    build = facts["library"]["build"]
+    cuda = build["cuda"]
+    architectures = cuda["architectures"] if cuda else "none (built without nvcc)"
+    print(
+        f"CUDA     kernels for {architectures}; PyTorch's CUDA: {facts['torch']['cuda'] or 'none'}"
+    )
+    engines = build["engines"] if cuda else ["cpu"]
+    print(f"engines  {', '.join(engines)}")
+    print(f"Python   {facts['python']}, {facts['system']}, {facts['torch']['pool']}")
+    if facts["emulated_isa"]:
+        print(f"NOTE     {isa.sentence(facts['emulated_isa'])}")
+    return 0
+
+
+def _demo(known: argparse.Namespace) -> int:
+    from flashattn_lite.demo import main
+
+    return main()
