@@ -143,13 +143,13 @@ static FAL_NOINLINE void backward_tile(const BackwardTile& t, Range keys, int of
   const float* v = s.v + static_cast<int64_t>(offset) * ld_v;
   if (s.bias) pack_bias(f.score.bias, t.batch, t.head, t.rows, keys, s.bias);
   if (s.keep) {
-    fill_dropout(t.dropout, static_cast<uint32_t>(t.batch) * shape.heads_q + t.head, t.rows, keys,
-                 s.keep);
+    fill_dropout<kScoreStride>(t.dropout, static_cast<uint32_t>(t.batch) * shape.heads_q + t.head,
+                               t.rows, keys, s.keep);
   }
 
   for (int row = 0; row < rows; row += kPanel) {
     const Range panel_rows{t.rows.begin + row, min_int(t.rows.begin + row + kPanel, t.rows.end)};
-    const PanelRange range = panel_range(t.band, panel_rows, keys);
+    const PanelRange range = panel_range(t.band, panel_rows, keys, kRows, kRows - 1);
     PanelMask mask;
     if (range.masked) mask = PanelMask::make(t.band, panel_rows.begin, keys);
     Float unused[kVectors] = {};
@@ -158,8 +158,9 @@ static FAL_NOINLINE void backward_tile(const BackwardTile& t, Range keys, int of
     score_panel<false, false>(v, ld_v, s.dout_transposed + static_cast<int64_t>(row) * dim_v, dim_v,
                               range, mask, s.ds + row, unused);
     if (t.general) {
-      modify_panel(t.mod, panel_rows.begin, row, keys, range, mask, s.p + row,
-                   s.bend ? s.bend + row : nullptr, unused);
+      const int at = range.begin * kScoreStride + row;
+      modify_panel<kScoreStride>(t.mod, panel_rows.begin, row, keys, range, mask, s.p + at,
+                                 s.bend ? s.bend + at : nullptr, unused);
     }
     gradient_panel(t, row, range, mask);
     finish_scores(t, row, keys, range);
@@ -277,7 +278,7 @@ static void backward_item(const void* arg, int64_t item, char* memory) {
   memset(s.dv, 0, sizeof(float) * padded * ld_v);
   const ContiguousKv<T> kv = ContiguousKv<T>::make(f.kv, seq, b, head_k);
   bool k_finite = true;
-  const bool general = f.score.softcap > 0.f || f.score.alibi_slopes || f.score.bias.data;
+  const bool general = modifies_scores(f.score);
 
   bool packed = false;
   const int group = shape.heads_q / shape.heads_k;
@@ -300,27 +301,27 @@ static void backward_item(const void* arg, int64_t item, char* memory) {
       const Range rows = tile.range;
       const StridedRows<T> q{f.q.as<T>().at(b, seq.row_q + rows.begin, h), f.q.row};
       const StridedRows<T> dout{p.dout.as<T>().at(b, seq.row_q + rows.begin, h), p.dout.row};
-      pack_transposed(q, rows.size(), dim, general ? f.score.scale : f.score.scale * kLog2E,
-                      s.q_transposed);
+      pack_transposed(q, rows.size(), dim, general ? 1.f : f.score.scale * kLog2E, s.q_transposed);
       pack_transposed(dout, rows.size(), dim_v, 1.f, s.dout_transposed);
       const bool q_finite = pack_panels(q, rows.size(), kTileRows, dim, s.q_panels);
       const bool dout_finite = pack_panels(dout, rows.size(), kTileRows, dim_v, s.dout_panels);
       const int64_t stat = plan.stat_index(b, h, rows.begin);
-      const BackwardTile t{&plan,
-                           &s,
-                           band,
-                           rows,
-                           block,
-                           b,
-                           h,
-                           general,
-                           {GeneralScoreMod::make(f.score, b, h, band.shift()), s.bias},
-                           {f.score.dropout_seed, f.score.dropout_threshold},
-                           plan.lse + stat,
-                           plan.delta + stat,
-                           k_finite,
-                           q_finite,
-                           dout_finite};
+      const BackwardTile t{
+          &plan,
+          &s,
+          band,
+          rows,
+          block,
+          b,
+          h,
+          general,
+          {GeneralScoreMod::make(f.score, b, h, band.shift()), f.score.scale, s.bias},
+          {f.score.dropout_seed, f.score.dropout_threshold},
+          plan.lse + stat,
+          plan.delta + stat,
+          k_finite,
+          q_finite,
+          dout_finite};
       bool first = true;
       for (int j = 0; j < block.size(); j += kTileKeys) {
         const Range keys{block.begin + j, min_int(block.begin + j + kTileKeys, block.end)};

@@ -25,7 +25,7 @@ struct ForwardScratch {
   float *q, *k, *v, *scores, *out, *max, *sum, *alpha, *bias;
   int32_t* keep;
 
-  FAL_INLINE static ForwardScratch place(ScratchCursor* cursor, const ForwardProblem& p) {
+  FAL_INLINE static ForwardScratch place(ScratchCursor* cursor, const ForwardProblem& p, int) {
     const int dim = round_up(p.shape.head_dim, kLanes),
               dim_v = round_up(p.shape.head_dim_v, kPanel);
     ForwardScratch s;
@@ -45,7 +45,7 @@ struct ForwardScratch {
 
 struct ForwardPlan {
   ForwardProblem problem;
-  int tile_rows;       // query rows of an item, at most kTileRows
+  int tile_rows;       // query rows of an item
   int64_t row_blocks;  // items of one (batch entry, head)
   int64_t items;       // the last one clears the rows beyond every sequence
   double flops;
@@ -81,30 +81,32 @@ FAL_INLINE void softmax_panel(float* scores, PanelRange range, const Float (&new
 
 struct ForwardTile {
   const ForwardProblem* problem;
-  const ForwardScratch* scratch;
   Band band;
   Range rows;
   int batch, head;
   bool general;  // a score modification is on
   PanelScoreMod mod;
   Dropout dropout;
+
+  FAL_INLINE uint32_t batch_head() const {
+    return static_cast<uint32_t>(batch) * problem->shape.heads_q + head;
+  }
 };
 
 // One tile of keys whose K and V are packed.
-static FAL_NOINLINE void forward_tile(const ForwardTile& t, Tile tile, bool first, bool v_finite) {
-  const ForwardScratch& s = *t.scratch;
+static FAL_NOINLINE void forward_tile(const ForwardTile& t, const ForwardScratch& s, Tile tile,
+                                      bool first, bool v_finite) {
   const Shape& shape = t.problem->shape;
   const Range keys = tile.range;
   const int k_ld = round_up(shape.head_dim, kLanes), rows = t.rows.size();
   if (t.mod.bias) pack_bias(t.problem->score.bias, t.batch, t.head, t.rows, keys, s.bias);
   if (s.keep) {
-    fill_dropout(t.dropout, static_cast<uint32_t>(t.batch) * shape.heads_q + t.head, t.rows, keys,
-                 s.keep);
+    fill_dropout<kScoreStride>(t.dropout, t.batch_head(), t.rows, keys, s.keep);
   }
 
   for (int row = 0; row < rows; row += kPanel) {
     const Range panel_rows{t.rows.begin + row, min_int(t.rows.begin + row + kPanel, t.rows.end)};
-    const PanelRange range = panel_range(t.band, panel_rows, keys);
+    const PanelRange range = panel_range(t.band, panel_rows, keys, kRows, kRows - 1);
     const float* q_panel = s.q + static_cast<int64_t>(row) * shape.head_dim;
     float* scores = s.scores + row;
     PanelMask mask;
@@ -113,7 +115,8 @@ static FAL_NOINLINE void forward_tile(const ForwardTile& t, Tile tile, bool firs
     for (int v = 0; v < kVectors; ++v) new_max[v] = load(s.max + row + v * kLanes);
     if (t.general) {
       score_panel<false, false>(s.k, k_ld, q_panel, shape.head_dim, range, mask, scores, new_max);
-      modify_panel(t.mod, panel_rows.begin, row, keys, range, mask, scores, nullptr, new_max);
+      modify_panel<kScoreStride>(t.mod, panel_rows.begin, row, keys, range, mask,
+                                 scores + range.begin * kScoreStride, nullptr, new_max);
     } else if (range.masked) {
       score_panel<true, true>(s.k, k_ld, q_panel, shape.head_dim, range, mask, scores, new_max);
     } else {
@@ -153,60 +156,75 @@ FAL_INLINE void clear_forward_row(const ForwardProblem& p, int b, int h, int64_t
   if (p.lse.data) *p.lse.at(b, h, row) = -FAL_INFINITY;
 }
 
+// One finished row: its softmax state (max in base 2) and its output before normalisation, null
+// when the row saw no tile.
 template <class T>
-static FAL_NOINLINE void store_forward_rows(const ForwardTile& t, const Sequence& seq, bool empty) {
+FAL_INLINE void store_forward_row(const ForwardTile& t, const Sequence& seq, int r, float max,
+                                  float sum, const float* accumulated) {
   const ForwardProblem& p = *t.problem;
-  const ForwardScratch& s = *t.scratch;
-  const int ld = round_up(p.shape.head_dim_v, kPanel);
-  for (int r = 0; r < t.rows.size(); ++r) {
-    SoftmaxState state{s.max[r] * kLn2, s.sum[r]};
-    float factor = 1.f;
-    if (p.score.sinks) factor = state.absorb_sink(p.score.sinks[t.head]);
-    factor *= state.inverse_sum();
-    if (s.keep) factor *= t.dropout.keep_scale();
-    const int64_t row = seq.row_q + t.rows.begin + r;
-    T* out = p.out.as<T>().at(t.batch, row, t.head);
-    if (empty) {
-      zero_row(out, p.shape.head_dim_v);
-    } else {
-      store_row(out, s.out + r * ld, p.shape.head_dim_v, factor);
-    }
-    if (p.lse.data) *p.lse.at(t.batch, t.head, row) = state.lse();
+  SoftmaxState state{max * kLn2, sum};
+  float factor = 1.f;
+  if (p.score.sinks) factor = state.absorb_sink(p.score.sinks[t.head]);
+  factor *= state.inverse_sum();
+  if (t.dropout.threshold) factor *= t.dropout.keep_scale();
+  const int64_t row = seq.row_q + t.rows.begin + r;
+  T* out = p.out.as<T>().at(t.batch, row, t.head);
+  if (accumulated) {
+    store_row(out, accumulated, p.shape.head_dim_v, factor);
+  } else {
+    zero_row(out, p.shape.head_dim_v);
   }
+  if (p.lse.data) *p.lse.at(t.batch, t.head, row) = state.lse();
 }
 
-// One item for any tile cursor: Tiles has next(Tile*).
-template <class T, class Kv, class Tiles>
-FAL_INLINE void forward_rows(const ForwardTile& t, const Sequence& seq, Tiles tiles) {
-  const ForwardProblem& p = *t.problem;
-  const ForwardScratch& s = *t.scratch;
-  const Shape& shape = p.shape;
-  const int padded = round_up(t.rows.size(), kPanel), dim = round_up(shape.head_dim, kLanes);
-  for (int i = 0; i < padded; ++i) {
-    s.max[i] = -FAL_INFINITY;
-    s.sum[i] = 0.f;
-  }
-  const View<const T> q = p.q.as<const T>();
-  const StridedRows<T> q_rows{q.at(t.batch, seq.row_q + t.rows.begin, t.head), q.row};
-  const Kv kv = Kv::make(p.kv, seq, t.batch, shape.kv_head(t.head));
+// The products of an item in fp32 vectors. Another product (amx_forward.h) has the same members.
+struct VectorForward {
+  using Scratch = ForwardScratch;
+  static constexpr int kTileKeys = fal::cpu::FAL_CPU_ISA::kTileKeys;
 
-  bool first = true;
-  for (Tile tile; tiles.next(&tile); first = false) {
-    if (first) {
-      pack_transposed(q_rows, t.rows.size(), shape.head_dim,
-                      t.general ? p.score.scale : p.score.scale * kLog2E, s.q);
+  FAL_INLINE static int max_tile_rows(const Shape&, int64_t, int) { return kTileRows; }
+
+  // One item for any tile cursor: Tiles has next(Tile*).
+  template <class T, class Kv, class Tiles>
+  FAL_INLINE static void rows(const ForwardTile& t, const Scratch& s, const Sequence& seq,
+                              Tiles tiles) {
+    const ForwardProblem& p = *t.problem;
+    const Shape& shape = p.shape;
+    const int padded = round_up(t.rows.size(), kPanel), dim = round_up(shape.head_dim, kLanes);
+    for (int i = 0; i < padded; ++i) {
+      s.max[i] = -FAL_INFINITY;
+      s.sum[i] = 0.f;
     }
-    const int n = tile.range.size(), begin = tile.range.begin;
-    pack_rows([&](int r) { return kv.k_row(begin + r); }, n, round_up(n, kRows), shape.head_dim,
-              dim, s.k);
-    const bool v_finite = pack_panels([&](int r) { return kv.v_row(begin + r); }, n, kTileKeys,
-                                      shape.head_dim_v, s.v);
-    forward_tile(t, tile, first, v_finite);
+    const View<const T> q = p.q.as<const T>();
+    const StridedRows<T> q_rows{q.at(t.batch, seq.row_q + t.rows.begin, t.head), q.row};
+    const Kv kv = Kv::make(p.kv, seq, t.batch, shape.kv_head(t.head));
+
+    bool first = true;
+    for (Tile tile; tiles.next(&tile); first = false) {
+      if (first) {
+        pack_transposed(q_rows, t.rows.size(), shape.head_dim,
+                        t.general ? 1.f : p.score.scale * kLog2E, s.q);
+      }
+      const int n = tile.range.size(), begin = tile.range.begin;
+      pack_rows([&](int r) { return kv.k_row(begin + r); }, n, round_up(n, kRows), shape.head_dim,
+                dim, s.k);
+      const bool v_finite = pack_panels([&](int r) { return kv.v_row(begin + r); }, n, kTileKeys,
+                                        shape.head_dim_v, s.v);
+      forward_tile(t, s, tile, first, v_finite);
+    }
+    const int ld = round_up(shape.head_dim_v, kPanel);
+    for (int r = 0; r < t.rows.size(); ++r) {
+      store_forward_row<T>(t, seq, r, s.max[r], s.sum[r], first ? nullptr : s.out + r * ld);
+    }
   }
-  store_forward_rows<T>(t, seq, first);
+};
+
+// True when S is more than a positive factor times Q K^T (which a maximum commutes with).
+FAL_INLINE bool modifies_scores(const ScoreOptions& score) {
+  return score.softcap > 0.f || score.alibi_slopes || score.bias.data || !(score.scale > 0.f);
 }
 
-template <class T, class Kv>
+template <class Product, class T, class Kv>
 static void forward_item(const void* arg, int64_t item, char* memory) {
   const ForwardPlan& plan = *static_cast<const ForwardPlan*>(arg);
   const ForwardProblem& p = plan.problem;
@@ -236,30 +254,31 @@ static void forward_item(const void* arg, int64_t item, char* memory) {
   if (rows.empty()) return;
 
   ScratchCursor cursor{memory};
-  const ForwardScratch scratch = ForwardScratch::place(&cursor, p);
+  const typename Product::Scratch scratch = Product::Scratch::place(&cursor, p, plan.tile_rows);
   const ScoreOptions& score = p.score;
-  const bool general = score.softcap > 0.f || score.alibi_slopes || score.bias.data;
-  const ForwardTile tile{&p,
-                         &scratch,
-                         band,
-                         rows,
-                         b,
-                         h,
-                         general,
-                         {GeneralScoreMod::make(score, b, h, band.shift()), scratch.bias},
-                         {score.dropout_seed, score.dropout_threshold}};
-  forward_rows<T, Kv>(tile, seq, DenseTilesOfRows::make(band, rows, kTileKeys));
+  const ForwardTile tile{
+      &p,
+      band,
+      rows,
+      b,
+      h,
+      modifies_scores(score),
+      {GeneralScoreMod::make(score, b, h, band.shift()), score.scale, scratch.bias},
+      {score.dropout_seed, score.dropout_threshold}};
+  Product::template rows<T, Kv>(tile, scratch, seq,
+                                DenseTilesOfRows::make(band, rows, Product::kTileKeys));
 }
 
 // Rows of a tile: as even as possible, so that 256 rows become two tiles of 128 and not 192 + 64.
-FAL_INLINE int even_tile_rows(int64_t longest) {
-  const int64_t tiles = longest > 0 ? (longest + kTileRows - 1) / kTileRows : 1;
+FAL_INLINE int even_tile_rows(int64_t longest, int most) {
+  const int64_t tiles = longest > 0 ? (longest + most - 1) / most : 1;
   const int64_t rows = (longest + tiles - 1) / tiles;
   constexpr int kUnit = kPanel > 16 ? kPanel : 16;
   return round_up(rows > 1 ? static_cast<int>(rows) : 1, kUnit);
 }
 
-static void forward(const ForwardProblem& problem, const ThreadPool& pool) {
+template <class T, class Product>
+static void forward_with(const ForwardProblem& problem, const ThreadPool& pool) {
   ForwardPlan plan{problem, 0, 0, 0, 0.0};
   const Shape& shape = problem.shape;
   int64_t longest = 0;
@@ -270,16 +289,21 @@ static void forward(const ForwardProblem& problem, const ThreadPool& pool) {
     plan.flops += 2.0 * shape.heads_q * (shape.head_dim + shape.head_dim_v) * allocated *
                   (seq.seqlen_k + 1.0);
   }
-  plan.tile_rows = even_tile_rows(longest);
+  plan.tile_rows = even_tile_rows(longest, Product::max_tile_rows(shape, longest, pool.threads));
   plan.row_blocks = (longest + plan.tile_rows - 1) / plan.tile_rows;
   plan.items = static_cast<int64_t>(shape.batch) * shape.heads_q * plan.row_blocks + 1;
   const bool paged = problem.kv.pages.block_table != nullptr;
   ScratchCursor size{nullptr};
-  ForwardScratch::place(&size, problem);
-  dispatch_element(shape.dtype, [&](auto element) {
-    using T = decltype(element);
-    run_items(pool, plan.items, plan.flops, size.used,
-              paged ? &forward_item<T, PagedKv<T>> : &forward_item<T, ContiguousKv<T>>, &plan);
+  Product::Scratch::place(&size, problem, plan.tile_rows);
+  run_items(
+      pool, plan.items, plan.flops, size.used,
+      paged ? &forward_item<Product, T, PagedKv<T>> : &forward_item<Product, T, ContiguousKv<T>>,
+      &plan);
+}
+
+[[maybe_unused]] static void forward(const ForwardProblem& problem, const ThreadPool& pool) {
+  dispatch_element(problem.shape.dtype, [&](auto element) {
+    forward_with<decltype(element), VectorForward>(problem, pool);
   });
 }
 

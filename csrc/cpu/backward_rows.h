@@ -65,7 +65,7 @@ struct BackwardPlan {
       plan.flops += 5.0 * f.shape.heads_q * (f.shape.head_dim + f.shape.head_dim_v) * allocated *
                     (seq.seqlen_k + 1.0);
     }
-    plan.tile_rows = even_tile_rows(longest_q);
+    plan.tile_rows = even_tile_rows(longest_q, kTileRows);
     plan.row_blocks = (longest_q + plan.tile_rows - 1) / plan.tile_rows;
     plan.block_keys = choose_block_keys(f.shape, longest_k);
     plan.key_blocks = (longest_k + plan.block_keys - 1) / plan.block_keys;

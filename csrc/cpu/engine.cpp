@@ -30,6 +30,7 @@ struct Available {
                       __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      if (request_amx()) add(kernels_amx);
       add(kernels_avx512);
     }
     if (avx2) add(kernels_avx2);

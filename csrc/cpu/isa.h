@@ -24,11 +24,16 @@ struct IsaKernels {
 };
 
 #if defined(__x86_64__)
-extern const IsaKernels kernels_avx512, kernels_avx2, kernels_baseline;
+extern const IsaKernels kernels_amx, kernels_avx512, kernels_avx2, kernels_baseline;
 #elif defined(__aarch64__)
 extern const IsaKernels kernels_neon;
 #else
 extern const IsaKernels kernels_baseline;
+#endif
+
+#if defined(__x86_64__)
+// True when processor and kernel let this process use AMX; asks the kernel for permission.
+bool request_amx();
 #endif
 
 }  // namespace fal::cpu

@@ -10,21 +10,21 @@
 namespace fal::cpu::FAL_CPU_ISA {
 
 // Keys of a tile that one panel of query rows works on, relative to the tile's first key: multiples
-// of kRows. What lies in the range and is not visible is masked.
+// of a unit. What lies in the range and is not visible is masked.
 struct PanelRange {
   int begin, end;
   bool masked;
 };
 
-// The range reaches kRows - 1 query rows beyond the panel on both sides, because the row groups of
-// O = P V straddle panels and read P up to the last key that any of their rows sees.
-FAL_INLINE PanelRange panel_range(const Band& band, Range rows, Range keys) {
-  const Range reach{max_int(0, rows.begin - kRows + 1),
-                    min_int(band.seqlen_q, rows.end + kRows - 1)};
-  const Range any = intersect(band.keys_of_any(reach), keys);
+// `reach` query rows beyond the panel count on both sides: kRows - 1 for the vector products,
+// because the row groups of O = P V straddle panels and read P up to the last key that any of their
+// rows sees.
+FAL_INLINE PanelRange panel_range(const Band& band, Range rows, Range keys, int unit, int reach) {
+  const Range reached{max_int(0, rows.begin - reach), min_int(band.seqlen_q, rows.end + reach)};
+  const Range any = intersect(band.keys_of_any(reached), keys);
   if (any.empty()) return {0, 0, false};
-  const int begin = round_down(any.begin - keys.begin, kRows);
-  const int end = round_up(any.end - keys.begin, kRows);
+  const int begin = round_down(any.begin - keys.begin, unit);
+  const int end = round_up(any.end - keys.begin, unit);
   const Range all = band.keys_of_all(rows);
   const bool masked =
       keys.begin + begin < all.begin || keys.begin + end > all.end || end > keys.size();
@@ -77,6 +77,7 @@ FAL_INLINE void score_panel(const float* k, int64_t k_ld, const float* q_panel, 
 // The options of one (batch entry, query head) as vectors use them.
 struct PanelScoreMod {
   GeneralScoreMod mod;
+  float scale;
   const float* bias;  // panels [row / kPanel][keys][kPanel] of this tile; null = none
 
   // From scale * q.k of (lane's row, key) to the softmax's argument in base 2. rows = first row of
@@ -95,26 +96,27 @@ struct PanelScoreMod {
 
 // The general path: modifies and masks the products that score_panel<false, false> stored.
 //   first_row   row of the panel's lane 0 (within the sequence)
-//   bend        [key][kScoreStride] receives d value / d scaled; null unless softcap is on and
-//   needed
+//   scores      [key - range.begin][kStride], unscaled
+//   bend        the same; receives d value / d scaled; null unless softcap is on and needed
+template <int kStride>
 static FAL_NOINLINE void modify_panel(const PanelScoreMod& mod, int first_row, int panel_row,
                                       Range keys, PanelRange range, const PanelMask& mask,
                                       float* scores, float* bend, Float (&running_max)[kVectors]) {
   const float* bias = mod.bias ? mod.bias + static_cast<int64_t>(panel_row) * keys.size() : nullptr;
   for (int r = range.begin; r < range.end; ++r) {
     for (int v = 0; v < kVectors; ++v) {
-      float* s = scores + r * kScoreStride + v * kLanes;
+      const int at = (r - range.begin) * kStride + v * kLanes;
       const Int distance = iota() + (first_row + v * kLanes + mod.mod.shift - keys.begin - r);
       const bool has_bias = bias && r < keys.size();
-      const Float scaled = load(s);
+      const Float scaled = load(scores + at) * mod.scale;
       if (bend) {
         const Float d = mod.derivative(scaled);
-        store(bend + r * kScoreStride + v * kLanes, range.masked ? keep(mask.visible(v, r), d) : d);
+        store(bend + at, range.masked ? keep(mask.visible(v, r), d) : d);
       }
       Float x =
           mod.value(scaled, distance, has_bias ? load(bias + r * kPanel + v * kLanes) : set1(0.f));
       if (range.masked) x = select(mask.visible(v, r), x, set1(-FAL_INFINITY));
-      store(s, x);
+      store(scores + at, x);
       running_max[v] = max(x, running_max[v]);
     }
   }
@@ -140,8 +142,9 @@ static FAL_NOINLINE void pack_bias(const Bias& bias, int b, int h, Range rows, R
   });
 }
 
-// keep[key][kScoreStride] = -1 where dropout keeps the element, 0 where it drops it. The tile's
+// keep[key][kStride] = -1 where dropout keeps the element, 0 where it drops it. The tile's
 // first row and key are multiples of 16, the generator's block; one call of it serves 8 elements.
+template <int kStride>
 static FAL_NOINLINE void fill_dropout(const Dropout& dropout, uint32_t batch_head, Range rows,
                                       Range keys, int32_t* keep) {
   constexpr int kGroups = 32;  // (key pair, row) of a block: 4 x 8
@@ -158,7 +161,7 @@ static FAL_NOINLINE void fill_dropout(const Dropout& dropout, uint32_t batch_hea
         for (int row = 0; row < 16; ++row) {
           const int draw = Dropout::draw_index(row, key), group = ((key & 7) >> 1) * 8 + (row & 7);
           const uint32_t half = (word[draw >> 1][group] >> (16 * (draw & 1))) & 0xffffu;
-          keep[(j + key) * kScoreStride + i + row] = half >= dropout.threshold ? -1 : 0;
+          keep[(j + key) * kStride + i + row] = half >= dropout.threshold ? -1 : 0;
         }
       }
     }

@@ -1,0 +1,22 @@
+// The kernels for AMX (tiles of bf16) beside AVX-512: bf16 on the tile unit, every other type as on
+// AVX-512.
+#define FAL_CPU_ISA amx
+#include "amx_forward.h"
+
+namespace fal::cpu {
+namespace {
+
+void run_forward(const ForwardProblem& problem, const ThreadPool& pool) {
+  if (problem.shape.dtype != DType::kBFloat16) return kernels_avx512.forward(problem, pool);
+  amx::forward_with<amx::BFloat16, amx::AmxForward>(problem, pool);
+}
+
+void run_backward(const BackwardProblem& problem, const ThreadPool& pool) {
+  kernels_avx512.backward(problem, pool);
+}
+
+}  // namespace
+
+const IsaKernels kernels_amx{"amx", &run_forward, &run_backward};
+
+}  // namespace fal::cpu
