@@ -28,6 +28,13 @@ inline bool is_global(AccessKind kind) { return kind <= AccessKind::kCopySource;
 struct SiteCount {
   uint64_t requests = 0, bytes = 0;
   uint64_t units = 0, ideal = 0;
+
+  void add(const SiteCount& other) {
+    requests += other.requests;
+    bytes += other.bytes;
+    units += other.units;
+    ideal += other.ideal;
+  }
 };
 using SiteTable = std::map<std::pair<Pc, AccessKind>, SiteCount>;
 

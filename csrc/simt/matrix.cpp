@@ -48,6 +48,7 @@ void run_ldmatrix(Block& block, void** args, uint32_t) {
     for (int r = 0; r < kRows; r++) {
       const int lane = i * kRows + r;
       const uint32_t address = static_cast<MatrixAccess*>(args[lane])->address;
+      block.on_behalf_of = &block.fibers[base + lane];
       addresses[r] = address;
       if (!shared_in_bounds(block, address, kRowBytes, warp.pc, "ldmatrix", kRowBytes)) {
         std::memset(matrix[r], 0xff, kRowBytes);
@@ -64,6 +65,7 @@ void run_ldmatrix(Block& block, void** args, uint32_t) {
     }
     count_wavefronts(block, warp.pc, addresses, AccessKind::kLdmatrix);
   }
+  block.on_behalf_of = nullptr;
 }
 
 void run_stmatrix(Block& block, void** args, uint32_t) {
@@ -82,6 +84,7 @@ void run_stmatrix(Block& block, void** args, uint32_t) {
     for (int r = 0; r < kRows; r++) {
       const int lane = i * kRows + r;
       const uint32_t address = static_cast<MatrixAccess*>(args[lane])->address;
+      block.on_behalf_of = &block.fibers[base + lane];
       addresses[r] = address;
       if (!shared_in_bounds(block, address, kRowBytes, warp.pc, "stmatrix", kRowBytes)) {
         addresses[r] = kNoAddress;
@@ -92,6 +95,7 @@ void run_stmatrix(Block& block, void** args, uint32_t) {
     }
     count_wavefronts(block, warp.pc, addresses, AccessKind::kStmatrix);
   }
+  block.on_behalf_of = nullptr;
 }
 
 void run_movmatrix(Block&, void** args, uint32_t) {
@@ -126,6 +130,7 @@ void run_mma(Block& block, void** args, uint32_t) {
   for (int lane = 0; lane < kWarpSize; lane++) {
     const auto& mine = *static_cast<Mma*>(args[lane]);
     const int g = lane / 4, c = lane % 4 * 2;
+    block.on_behalf_of = &block.fibers[block.current->warp * kWarpSize + lane];
     for (int i = 0; i < 4; i++) {
       check_initialised(mine.a[i], warp.pc, "operand a");
       check_initialised(__float_as_uint(mine.d[i]), warp.pc, "the accumulator");
@@ -140,6 +145,7 @@ void run_mma(Block& block, void** args, uint32_t) {
       b[c + i * 8 + 1][g] = pair[1];
     }
   }
+  block.on_behalf_of = nullptr;
   for (int m = 0; m < kM; m++)
     for (int k = 0; k < kK; k++)
       for (int n = 0; n < kN; n++) d[m][n] += a[m][k] * b[k][n];

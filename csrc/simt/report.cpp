@@ -117,7 +117,7 @@ void report(Pc pc, const char* kind, const char* format, ...) {
   char who[128] = "";
   const Block* block = current_block;
   if (block && block->current != &block->host) {
-    const Fiber& fiber = *block->current;
+    const Fiber& fiber = block->on_behalf_of ? *block->on_behalf_of : *block->current;
     std::snprintf(who, sizeof who, " [block (%u,%u,%u), thread %u = warp %u lane %u]", block->id.x,
                   block->id.y, block->id.z, fiber.index, fiber.warp, fiber.lane);
   }
@@ -145,11 +145,7 @@ void add_results(const Counters& counters, const SiteTable& sites) {
   std::lock_guard<std::mutex> guard(results_lock);
   totals.add(counters);
   for (const auto& [place, count] : sites) {
-    SiteCount& sum = all_sites[place];
-    sum.requests += count.requests;
-    sum.bytes += count.bytes;
-    sum.units += count.units;
-    sum.ideal += count.ideal;
+    all_sites[place].add(count);
   }
 }
 
@@ -198,10 +194,14 @@ std::vector<Site> sites() {
   std::vector<Pc> pcs;
   for (const auto& [place, count] : all_sites) pcs.push_back(place.first);
   const std::vector<std::string> places = where_all(pcs);
-  std::vector<Site> result;
+  std::map<std::pair<std::string, AccessKind>, SiteCount> by_line;  // the compiler may clone a call
   size_t i = 0;
-  for (const auto& [place, count] : all_sites)
-    result.push_back({places[i++], name_of(place.second), count.requests, count.bytes, count.units,
+  for (const auto& [place, count] : all_sites) {
+    by_line[{places[i++], place.second}].add(count);
+  }
+  std::vector<Site> result;
+  for (const auto& [place, count] : by_line)
+    result.push_back({place.first, name_of(place.second), count.requests, count.bytes, count.units,
                       count.ideal});
   return result;
 }

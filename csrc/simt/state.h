@@ -134,8 +134,9 @@ struct Block {
   uint3 id{};
   int threads = 0, alive = 0;
   bool abandoned = false;
-  Fiber* current = nullptr;  // the fiber that runs, or &host
-  Fiber host;                // the OS thread's own context
+  Fiber* current = nullptr;             // the fiber that runs, or &host
+  Fiber host;                           // the OS thread's own context
+  const Fiber* on_behalf_of = nullptr;  // the lane that a collective's body is at, for reports
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
 
