@@ -372,8 +372,11 @@ def test_a_race_names_both_threads(simt: ModuleType) -> None:
     warp_scan(simt, bug="no_syncwarp")
     kind, message, where = simt.reports()[0]
     assert kind == "race"
-    assert re.search(r"(load|store) (reads|overwrites) offset \d+ of row, (written|read) by thread "
-                     r"\d+ \(warp 0\)", message)  # fmt: skip
+    pattern = (
+        r"(load|store) (reads|overwrites) offset \d+ of row, "
+        r"(written|read) by thread \d+ \(warp 0\) at simt_small.cu:\d+ "
+    )
+    assert re.match(pattern, message)
     assert "[block (0,0,0), thread" in message
     assert where.startswith("simt_small.cu:")
 

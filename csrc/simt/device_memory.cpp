@@ -154,13 +154,14 @@ struct Accessor {
   const char* what;
 };
 
+// "block 3 (thread 8) at kernel.cu:12"
 std::string describe(const Block& block, const GlobalCell::Access& access) {
   char text[64];
   if (access.block == block.index)
-    std::snprintf(text, sizeof text, "thread %u of this block", access.thread);
+    std::snprintf(text, sizeof text, "thread %u of this block at ", access.thread);
   else
-    std::snprintf(text, sizeof text, "block %u (thread %u)", access.block, access.thread);
-  return text;
+    std::snprintf(text, sizeof text, "block %u (thread %u) at ", access.block, access.thread);
+  return text + where(access.pc.get());
 }
 
 bool ordered(const Accessor& now, const GlobalCell::Access& earlier) {
@@ -191,7 +192,8 @@ bool touch_cell(GlobalCell& cell, uint32_t launch, uint8_t mask, const Accessor&
            describe(now.block, *conflict).c_str(),
            now.atomic != conflict->atomic ? " (only one of the two is atomic)" : "");
   }
-  const GlobalCell::Access mine{now.block.index, now.time, uint16_t(now.thread), mask, now.atomic};
+  const GlobalCell::Access mine{now.block.index, now.time,         uint16_t(now.thread), mask,
+                                now.atomic,      CompactPc(now.pc)};
   if (now.write) {
     const bool more = cell.write.block == mine.block && cell.write.thread == mine.thread &&
                       cell.write.time == mine.time && cell.write.atomic == mine.atomic;

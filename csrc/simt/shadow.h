@@ -6,6 +6,19 @@
 
 namespace fal::simt {
 
+// A call site in four bytes, as its distance from the emulator's code, which is in the same
+// program.
+class CompactPc {
+ public:
+  CompactPc() = default;
+  explicit CompactPc(const void* pc) : distance_(int32_t(intptr_t(pc) - base())) {}
+  const void* get() const { return reinterpret_cast<const void*>(base() + distance_); }
+
+ private:
+  static intptr_t base();
+  int32_t distance_;
+};
+
 // Two bytes of shared memory. Accesses to one byte of the two are told apart by masks.
 struct SharedCell {
   static constexpr int kBytes = 2;
@@ -21,11 +34,13 @@ struct SharedCell {
     uint32_t time;  // 0: none
     uint16_t thread;
     uint16_t mask;
+    CompactPc pc;
   };
   uint32_t write_time;  // 0: never written
   uint16_t writer;      // agent
   uint8_t flags;
   uint8_t write_mask;
+  CompactPc write_pc;
   uint32_t async_reads;  // wgmma or TMA stores that still may read it
   Reader readers[kReaders];
 };
@@ -39,6 +54,7 @@ struct GlobalCell {
     uint16_t thread;
     uint8_t mask;  // bytes touched; 0: none
     bool atomic;
+    CompactPc pc;
   };
   uint32_t launch;
   Access write;

@@ -10,6 +10,8 @@
 
 namespace fal::simt {
 
+intptr_t CompactPc::base() { return intptr_t(&shared_in_bounds); }
+
 namespace {
 
 constexpr uint32_t kRedZone = 256;  // between static variables
@@ -26,13 +28,14 @@ uint32_t touched(uint32_t cell_begin, uint32_t begin, uint32_t end) {
   return mask;
 }
 
-std::string describe_agent(const Block& block, uint32_t agent) {
-  char text[48];
+// "thread 8 (warp 0) at kernel.cu:12"
+std::string describe_agent(const Block& block, uint32_t agent, CompactPc pc) {
+  char text[64];
   if (int(agent) < block.threads)
-    std::snprintf(text, sizeof text, "thread %u (warp %u)", agent, agent / kWarpSize);
+    std::snprintf(text, sizeof text, "thread %u (warp %u) at ", agent, agent / kWarpSize);
   else
-    std::snprintf(text, sizeof text, "a TMA load on mbarrier %u", agent - block.threads);
-  return text;
+    std::snprintf(text, sizeof text, "a TMA load on mbarrier %u at ", agent - block.threads);
+  return text + where(pc.get());
 }
 
 // "offset 128 of 'row'": where an address lies.
@@ -64,7 +67,9 @@ struct Cells {  // walks the cells that [address, address + bytes) touches
   }
 };
 
-void record_write(SharedCell& cell, uint32_t mask, uint32_t agent, uint32_t time, uint8_t flags) {
+void record_write(SharedCell& cell, uint32_t mask, uint32_t agent, uint32_t time, CompactPc pc,
+                  uint8_t flags) {
+  cell.write_pc = pc;
   cell.write_time = time;
   cell.writer = uint16_t(agent);
   cell.write_mask = uint8_t(mask);
@@ -96,14 +101,16 @@ bool write_conflict(Block& block, const SharedCell& cell, uint32_t address, uint
   if (cell.write_time && (cell.write_mask & mask) && !both_atomic &&
       !block.happened_before(thread, cell.writer, cell.write_time)) {
     report(pc, "race", "%s overwrites %s, written by %s with no synchronisation between", what,
-           describe_address(block, address).c_str(), describe_agent(block, cell.writer).c_str());
+           describe_address(block, address).c_str(),
+           describe_agent(block, cell.writer, cell.write_pc).c_str());
     return true;
   }
   for (const SharedCell::Reader& reader : cell.readers) {
     if (!reader.time || !(reader.mask & mask)) continue;
     if (block.happened_before(thread, reader.thread, reader.time)) continue;
     report(pc, "race", "%s overwrites %s, read by %s with no synchronisation since", what,
-           describe_address(block, address).c_str(), describe_agent(block, reader.thread).c_str());
+           describe_address(block, address).c_str(),
+           describe_agent(block, reader.thread, reader.pc).c_str());
     return true;
   }
   return false;
@@ -182,12 +189,14 @@ void note_shared_read(Block& block, uint32_t address, int bytes, uint32_t thread
                       const char* what) {
   if (!config().check) return;
   const uint32_t now = block.clock(thread);
+  const CompactPc site(pc);
   Cells(block, address, bytes).each([&](SharedCell& cell, uint32_t at, uint32_t mask) {
     if (cell.flags & SharedCell::kPending) {
       report(pc, "async-in-flight",
              "%s reads %s while an asynchronous copy into it, issued by %s, "
              "is in flight",
-             what, describe_address(block, at).c_str(), describe_agent(block, cell.writer).c_str());
+             what, describe_address(block, at).c_str(),
+             describe_agent(block, cell.writer, cell.write_pc).c_str());
       return false;
     }
     if ((cell.flags & mask) != mask) {
@@ -197,7 +206,8 @@ void note_shared_read(Block& block, uint32_t address, int bytes, uint32_t thread
     }
     if ((cell.write_mask & mask) && !block.happened_before(thread, cell.writer, cell.write_time)) {
       report(pc, "race", "%s reads %s, written by %s with no synchronisation between", what,
-             describe_address(block, at).c_str(), describe_agent(block, cell.writer).c_str());
+             describe_address(block, at).c_str(),
+             describe_agent(block, cell.writer, cell.write_pc).c_str());
       return false;
     }
     // Keep this read: in place of an older one of this thread, or of one that happened before.
@@ -211,7 +221,7 @@ void note_shared_read(Block& block, uint32_t address, int bytes, uint32_t thread
     }
     if (!slot) slot = &cell.readers[(at / SharedCell::kBytes + thread) % SharedCell::kReaders];
     const bool again = slot->time == now && slot->thread == thread;
-    *slot = {now, uint16_t(thread), uint16_t(again ? slot->mask | mask : mask)};
+    *slot = {now, uint16_t(thread), uint16_t(again ? slot->mask | mask : mask), site};
     return true;
   });
 }
@@ -224,7 +234,7 @@ void note_shared_write(Block& block, uint32_t address, int bytes, uint32_t threa
   Cells(block, address, bytes).each([&](SharedCell& cell, uint32_t at, uint32_t mask) {
     if (!reported) reported = write_conflict(block, cell, at, mask, thread, atomic, pc, what);
     const uint32_t both = cell.write_time == now && cell.writer == thread ? cell.write_mask : 0;
-    record_write(cell, mask | both, thread, now,
+    record_write(cell, mask | both, thread, now, CompactPc(pc),
                  SharedCell::kGeneric | (atomic ? SharedCell::kAtomic : 0));
     return true;
   });
@@ -237,7 +247,7 @@ void note_async_begin(Block& block, uint32_t address, int bytes, uint32_t thread
   bool reported = false;
   Cells(block, address, bytes).each([&](SharedCell& cell, uint32_t at, uint32_t mask) {
     if (!reported) reported = write_conflict(block, cell, at, mask, thread, false, pc, what);
-    record_write(cell, mask, agent, block.clock(thread), SharedCell::kPending);
+    record_write(cell, mask, agent, block.clock(thread), CompactPc(pc), SharedCell::kPending);
     return true;
   });
 }
@@ -246,7 +256,8 @@ void note_async_landed(Block& block, uint32_t address, int bytes, uint32_t agent
                        bool generic_proxy) {
   if (!config().check) return;
   Cells(block, address, bytes).each([&](SharedCell& cell, uint32_t, uint32_t mask) {
-    record_write(cell, mask, agent, time, generic_proxy ? SharedCell::kGeneric : 0);
+    // The site stays that of the copy's issue.
+    record_write(cell, mask, agent, time, cell.write_pc, generic_proxy ? SharedCell::kGeneric : 0);
     return true;
   });
 }
