@@ -10,7 +10,7 @@ import math
 from itertools import pairwise
 from typing import Literal
 
-from torch import Tensor, int32
+from torch import Tensor, int32, int64
 
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.reference import Options
@@ -46,6 +46,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
         raise ArgumentError(f"k and v are {_dtype(k)} but q is {_dtype(q)}; they must agree")
     if quantised and (options.get("k_scale") is None or options.get("v_scale") is None):
         raise ArgumentError(f"k and v are {_dtype(k)}, which needs k_scale and v_scale")
+    for argument, t in (("sinks", options.get("sinks")), ("bias", options.get("bias"))):
+        if t is not None and (not t.dtype.is_floating_point or t.dtype.itemsize == 1):
+            raise ArgumentError(f"{argument} is {_dtype(t)}; it must be floating-point")
     others = {"k": k, "v": v, "bias": options.get("bias"), "sinks": options.get("sinks")}
     others |= {"alibi_slopes": options.get("alibi_slopes")}
     for argument, t in others.items():
@@ -56,7 +59,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, options: Options) -> int:
     """The batch size."""
     cu_q, cu_k = options.get("cu_seqlens_q"), options.get("cu_seqlens_k")
-    paged = options.get("block_table") is not None
+    table = options.get("block_table")
+    paged = table is not None
     forms = {
         "q": (q, cu_q, "q", "(batch, seqlen_q, heads_q, head_dim)"),
         "k": (k, cu_k, "k", "(batch, seqlen_k, heads_k, head_dim)"),
@@ -77,6 +81,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, options: Options) -> int:
         )
     if k.shape[-1] != q.shape[-1]:
         raise ArgumentError(f"k has head_dim {k.shape[-1]} but q has {q.shape[-1]}")
+    if q.shape[-1] < 1:
+        raise ArgumentError("q has head_dim 0; it must be at least 1")
     heads_q, heads_k = q.shape[-2], k.shape[-2]
     if heads_q % heads_k if heads_k else heads_q:
         raise ArgumentError(
@@ -87,6 +93,12 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, options: Options) -> int:
         raise ArgumentError("cu_seqlens_q is empty; it must hold batch + 1 offsets, from 0")
     if not paged and cu_k is None and k.shape[0] != batch:
         raise ArgumentError(f"k has batch {k.shape[0]} but q has batch {batch}")
+    if table is not None and table.dtype != int32:
+        raise ArgumentError(f"block_table is {_dtype(table)}; it must be int32")
+    if table is not None and (table.dim() != 2 or table.shape[0] != batch):
+        raise ArgumentError(
+            f"block_table has shape {tuple(table.shape)}; it must be ({batch}, max_pages)"
+        )
     if paged and k.shape[1] < 1:
         raise ArgumentError("k has page_size 0; a page must hold at least one token")
     for argument in _INDEX_VECTORS:
@@ -108,6 +120,13 @@ def _check_scores(q: Tensor, batch: int, options: Options) -> None:
         raise ArgumentError(f"softcap is {softcap}; it must be >= 0 (0 = off)")
     if not 0 <= dropout_p < 1:
         raise ArgumentError(f"dropout_p is {dropout_p}; it must be in [0, 1)")
+    scale, seed = options.get("softmax_scale"), options.get("dropout_seed")
+    if scale is not None and not math.isfinite(scale):
+        raise ArgumentError(f"softmax_scale is {scale}; it must be finite")
+    if dropout_p > 0 and not (
+        isinstance(seed, Tensor) and seed.dtype == int64 and seed.numel() == 1
+    ):
+        raise ArgumentError("dropout_seed must be one int64 on the CPU")
     slopes, sinks = options.get("alibi_slopes"), options.get("sinks")
     if slopes is not None and tuple(slopes.shape) not in ((heads_q,), (batch, heads_q)):
         raise ArgumentError(

@@ -99,6 +99,11 @@ def argument_error(error: RuntimeError, name: str) -> Exception:
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_options: Any) -> tuple[Tensor, Tensor]:
+    if not q.device == k.device == v.device:
+        raise RuntimeError(
+            f"flashattn_lite::forward: q is on {q.device}, k on {k.device} and v on {v.device}; "
+            "they must be on one device"
+        )
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     if q.dim() == 3:
         return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)

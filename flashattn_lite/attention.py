@@ -110,6 +110,12 @@ def _window(window: Any, causal: bool, name: str) -> tuple[int, int]:
     return left, 0 if causal else right
 
 
+def _autocasts(q: Tensor) -> bool:
+    if q.is_cpu:
+        return torch.is_autocast_enabled("cpu")
+    return q.is_cuda and torch.is_autocast_enabled("cuda")
+
+
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """What torch's autocast does to an operand of scaled_dot_product_attention."""
     return t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t
@@ -228,9 +234,10 @@ def attention(
     """
     if not isinstance(q, Tensor) or not isinstance(k, Tensor) or not isinstance(v, Tensor):
         raise TypeError(
-            f"{name}: q, k and v must be torch.Tensor, not {[type(q), type(k), type(v)]}"
+            f"{name}: q, k and v must be torch.Tensor; they are "
+            + ", ".join(type(t).__name__ for t in (q, k, v))
         )
-    if torch.is_autocast_enabled("cpu" if q.is_cpu else q.device.type):
+    if _autocasts(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = _autocast(q, dtype), _autocast(k, dtype), _autocast(v, dtype)
     if window is UNBOUNDED:
@@ -239,7 +246,7 @@ def attention(
         left, right = _window(window, causal, name)
     if softmax_scale is None:
         softmax_scale = (q.shape[-1] or 1) ** -0.5
-    if sinks is not None and sinks.dtype is not torch.float32:
+    if sinks is not None and sinks.dtype in (torch.float16, torch.bfloat16):
         sinks = sinks.float()
     if bias is not None:
         bias = bias[(None,) * (4 - bias.dim())]
@@ -337,7 +344,7 @@ def plain_attention(
         and isinstance(k, Tensor)
         and isinstance(v, Tensor)
         and q.dtype is not torch.float64
-        and not torch.is_autocast_enabled("cpu" if q.is_cpu else q.device.type)
+        and not _autocasts(q)
         and not (
             torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         )

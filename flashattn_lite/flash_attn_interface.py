@@ -41,18 +41,25 @@ __all__ = [
 Result: TypeAlias = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
+_NO_WINDOW = (-1, -1)
+
+
 def _get_block_size_n(_device: Any, _head_dim: int, _is_dropout: bool, _is_causal: bool) -> int:
     """Keys over which S_dmask is scaled by one maximum: here the whole row. (flash_attn's tests
     ask, to turn S_dmask into probabilities.)"""
     return 1 << 30
 
 
-def _flash_window(window_size: Any, seqlen_k: int) -> Window:
+def _flash_window(window_size: Any, seqlen_k: int, name: str) -> Window:
     """flash_attn's convention: a negative side, or one as long as the keys, is unbounded."""
-    if window_size == (-1, -1):
+    try:
+        left, right = (int(side) for side in window_size)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name}: window_size is {window_size!r}; it must be a pair (left, right) of ints"
+        ) from None
+    if left < 0 and right < 0:
         return UNBOUNDED
-    left, right = window_size
-    left, right = int(left), int(right)
     return (
         None if left < 0 or left >= seqlen_k else left,
         None if right < 0 or right >= seqlen_k else right,
@@ -86,11 +93,10 @@ def _attend(
     **lengths: Any,
 ) -> Result:
     """The common part of the functions below."""
-    window = (
-        UNBOUNDED
-        if window_size == (-1, -1)
-        else _flash_window(window_size, lengths.get("max_seqlen_k", k.shape[1]))
-    )
+    if window_size is _NO_WINDOW:
+        window = UNBOUNDED
+    else:
+        window = _flash_window(window_size, lengths.get("max_seqlen_k", k.shape[1]), name)
     if not (dropout_p or softcap or return_attn_probs or lengths or alibi_slopes is not None):
         return plain_attention(name, q, k, v, softmax_scale, causal, window, deterministic)
     seed = draw_dropout_seed() if dropout_p > 0 else None
@@ -141,7 +147,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Any = (-1, -1),
+    window_size: Any = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -199,7 +205,7 @@ def flash_attn_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Any = (-1, -1),
+    window_size: Any = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -233,7 +239,7 @@ def flash_attn_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Any = (-1, -1),
+    window_size: Any = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -272,7 +278,7 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Any = (-1, -1),
+    window_size: Any = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -339,7 +345,7 @@ def flash_attn_varlen_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Any = (-1, -1),
+    window_size: Any = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -382,7 +388,7 @@ def flash_attn_varlen_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Any = (-1, -1),
+    window_size: Any = _NO_WINDOW,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,

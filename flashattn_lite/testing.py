@@ -336,7 +336,7 @@ def gradients_of(
 
 
 def error_budget(
-    truth: Tensor, low: Tensor, dtype: torch.dtype, *, factor: float, largest_score: float
+    truth: Tensor, low: Tensor, dtype: torch.dtype, factor: float, *, largest_score: float = 1.0
 ) -> float:
     """The largest error allowed: ``factor`` times that of the same formula with every step in the
     low precision; plus, of the largest value, four units in the last place and what one rounding

@@ -11,6 +11,11 @@ from flashattn_lite import _ops
 ISAS: list[str] = json.loads(_ops.build_info())["cpu"]["isas"]
 
 
+# Cases are small: a second thread costs more than it brings, most of all on a machine that does
+# other things as well. What depends on the number of threads sets it (test_attention.py).
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

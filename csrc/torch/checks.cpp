@@ -12,6 +12,10 @@ std::string dtype_text(int32_t dtype) {
   if (dtype == aoti_torch_dtype_int8()) return "int8";
   if (dtype == aoti_torch_dtype_int32()) return "int32";
   if (dtype == aoti_torch_dtype_int64()) return "int64";
+  if (dtype == aoti_torch_dtype_float64()) return "float64";
+  if (dtype == aoti_torch_dtype_int16()) return "int16";
+  if (dtype == aoti_torch_dtype_uint8()) return "uint8";
+  if (dtype == aoti_torch_dtype_bool()) return "bool";
   return "dtype number " + std::to_string(dtype);
 }
 
@@ -122,12 +126,14 @@ void Checker::cumulative(const char* name, const int32_t* cu, int64_t batch, int
       bad(name, " falls from ", cu[b], " to ", cu[b + 1], " at entry ", b + 1,
           "; it must not fall");
     }
+  }
+  if (cu[batch] > rows) bad(name, " ends at ", cu[batch], " but ", tensor, " has ", rows, " rows");
+  for (int64_t b = 0; b < batch; ++b) {
     if (cu[b + 1] - cu[b] > max_seqlen) {
       bad(max_name, " is ", max_seqlen, " but sequence ", b, " of ", name, " has ",
           cu[b + 1] - cu[b], " rows");
     }
   }
-  if (cu[batch] > rows) bad(name, " ends at ", cu[batch], " but ", tensor, " has ", rows, " rows");
 }
 
 void Checker::within_lengths(const char* name, const int32_t* values, const int32_t* cu,
