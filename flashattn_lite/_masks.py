@@ -1,0 +1,204 @@
+"""What a dense mask says, in the kernels' own terms: a band along the diagonal, or padding.
+
+A band or a pair of lengths lets a kernel skip the tiles that nobody sees; a dense mask makes it
+read every score. Everything here is exact: what is not recognised stays dense.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "TOP_LEFT_CAUSAL",
+    "Band",
+    "MaskOptions",
+    "Padding",
+    "band_of",
+    "band_options",
+    "bias_of",
+    "contents_may_be_read",
+    "kernel_window",
+    "mask_options",
+    "padding_of",
+    "visible_of",
+]
+
+
+class Band(NamedTuple):
+    """Row i sees key j iff i - left <= j <= i + right: counted from the first row and key, as torch
+    does, whereas the kernels count from the last ones. None is unbounded; sides may be negative."""
+
+    left: int | None
+    right: int | None
+
+
+class Padding(NamedTuple):
+    """The keys of one batch entry that are real: leftpad <= j < used, int32 (batch); None: all."""
+
+    leftpad: Tensor | None
+    used: Tensor | None
+
+
+TOP_LEFT_CAUSAL = Band(None, 0)
+
+
+class MaskOptions(TypedDict, total=False):
+    """Those options of ``attention`` that masks turn into."""
+
+    window: tuple[int | None, int | None]
+    seqused_k: Tensor | None
+    leftpad_k: Tensor | None
+    bias: Tensor | None
+
+
+def kernel_window(
+    band: Band, seqlen_q: int, seqlen_k: int
+) -> tuple[int, tuple[int | None, int | None]] | None:
+    """The same band for the kernels: how many of the keys to pass, and the window among those.
+
+    Returns: (keys, (left, right)), or None where no window says it (a left side that is so negative
+        that it hides a row's own diagonal).
+
+    >>> kernel_window(Band(None, 0), 2, 5)  # torch's causal: keys 2, 3 and 4 are never seen
+    (2, (None, 0))
+    >>> kernel_window(Band(None, 0), 5, 2)  # rows 2, 3 and 4 see everything
+    (2, (None, 3))
+    """
+    keys = seqlen_k if band.right is None else max(0, min(seqlen_k, seqlen_q + band.right))
+    shift = keys - seqlen_q  # the kernels' diagonal, seen from the first row and key
+    left = None if band.left is None else band.left + shift
+    if left is not None and left < 0:
+        return None
+    return keys, (left, None if band.right is None else max(0, band.right - shift))
+
+
+def visible_of(mask: Tensor) -> Tensor | None:
+    """A mask as bool, True visible; None for a float mask that holds more than 0 and -inf."""
+    if mask.dtype == torch.bool:
+        return mask
+    visible = mask == 0
+    return visible if bool((visible | (mask == -torch.inf)).all()) else None
+
+
+def _first_and_end(visible: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Of each row (the last dimension): its first visible index, one past its last one (0, 0 where
+    nothing is visible), and whether every row's visible part has no holes."""
+    count = visible.sum(-1)
+    if visible.shape[-1] == 0:
+        return count, count, True
+    flags = visible.to(torch.uint8)
+    first = flags.argmax(-1)
+    end = torch.where(count > 0, visible.shape[-1] - flags.flip(-1).argmax(-1), 0)
+    return first, end, bool((count == end - first).all())
+
+
+def padding_of(visible: Tensor) -> Padding | None:
+    """Which keys are real, when in every batch entry they are one run.
+
+    Args:
+        visible: bool (batch, seqlen_k).
+
+    >>> padding_of(torch.tensor([[False, True, True], [False, True, False]]))
+    Padding(leftpad=tensor([1, 1], dtype=torch.int32), used=tensor([3, 2], dtype=torch.int32))
+    """
+    first, end, runs = _first_and_end(visible)
+    if not runs:
+        return None
+    leftpad, used = first.to(torch.int32), end.to(torch.int32)
+    return Padding(
+        leftpad if bool(leftpad.any()) else None,
+        used if bool((used < visible.shape[-1]).any()) else None,
+    )
+
+
+def band_of(visible: Tensor) -> Band | None:
+    """The band that a mask is, if it is one.
+
+    Args:
+        visible: bool (seqlen_q, seqlen_k), seqlen_q > 0 and seqlen_k > 0.
+
+    >>> band_of(torch.ones(3, 3, dtype=torch.bool).tril())
+    Band(left=None, right=0)
+    """
+    rows, keys = visible.shape
+    # Two elements refuse many of the masks that are no bands.
+    if rows > 1 and not (visible[0, 0] or visible[-1, -1]):
+        return None
+    first, end, runs = _first_and_end(visible)
+    if not runs or bool((end == 0).any()):
+        return None
+    diagonal = torch.arange(rows, device=visible.device)
+    left, right = diagonal - first, end - 1 - diagonal  # each row's own sides
+    cut_left, cut_right = first > 0, end < keys  # the others are bounded by the tensor's edges
+    band = Band(
+        int(left[cut_left][0]) if bool(cut_left.any()) else None,
+        int(right[cut_right][0]) if bool(cut_right.any()) else None,
+    )
+    if band.left is not None and not bool(torch.equal(first, (diagonal - band.left).clamp_min(0))):
+        return None
+    if band.right is not None and not bool(
+        torch.equal(end, (diagonal + band.right + 1).clamp_max(keys))
+    ):
+        return None
+    return band
+
+
+def band_options(band: Band, seqlen_q: int, seqlen_k: int) -> tuple[int, MaskOptions]:
+    """How many of the keys to pass, and the options, for a band that ``kernel_window`` can say."""
+    aligned = kernel_window(band, seqlen_q, seqlen_k)
+    assert aligned is not None
+    keys, window = aligned
+    return keys, {"window": window}
+
+
+def bias_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to the scores. bool: True is visible."""
+    if mask.dtype != torch.bool:
+        return mask
+    dtype = torch.float32 if dtype == torch.float64 else dtype  # 0 and -inf need no precision
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+def contents_may_be_read(mask: Tensor) -> bool:
+    """Looking is cheap on the CPU; elsewhere it would wait for the device, and in a trace it would
+    freeze what was seen. A mask that needs a gradient stays a bias."""
+    return (
+        mask.device.type == "cpu"
+        and type(mask) in (Tensor, torch.nn.Parameter)
+        and not mask.requires_grad
+        and not torch.compiler.is_compiling()
+        and not torch._C._functorch.maybe_current_level()
+    )
+
+
+def mask_options(
+    mask: Tensor, batch: int, seqlen_q: int, seqlen_k: int, dtype: torch.dtype
+) -> tuple[int, MaskOptions]:
+    """How many of the keys to pass, and the options, that apply a mask at the least cost.
+
+    Args:
+        mask: bool (True visible) or float (added), each dimension of (batch, heads_q, seqlen_q,
+            seqlen_k) or 1.
+        dtype: of q.
+    """
+    padding_shaped = mask.shape[1] == 1 and mask.shape[2] == 1
+    band_shaped = mask.shape[:2] == (1, 1)
+    worth_looking = (padding_shaped or band_shaped) and mask.shape[3] == seqlen_k and mask.numel()
+    if worth_looking and contents_may_be_read(mask):
+        visible = visible_of(mask)
+        if visible is not None and padding_shaped:
+            padding = padding_of(visible[:, 0, 0])
+            if padding is not None:
+                leftpad, used = padding
+                return seqlen_k, {
+                    "leftpad_k": None if leftpad is None else leftpad.expand(batch).contiguous(),
+                    "seqused_k": None if used is None else used.expand(batch).contiguous(),
+                }
+        elif visible is not None:
+            band = band_of(visible[0, 0])
+            if band is not None and kernel_window(band, seqlen_q, seqlen_k) is not None:
+                return band_options(band, seqlen_q, seqlen_k)
+    return seqlen_k, {"bias": bias_of(mask, dtype)}

@@ -1,0 +1,544 @@
+"""scaled_dot_product_attention against torch's, option by option, and use_as_sdpa."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from flashattn_lite import ArgumentError, attention
+from flashattn_lite._masks import Band, band_of, kernel_window, mask_options, padding_of
+from flashattn_lite.sdpa import scaled_dot_product_attention, use_as_sdpa
+from flashattn_lite.testing import check_within_budget
+
+TORCH_SDPA = functional.scaled_dot_product_attention
+
+
+def formula(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The definition in torch's documentation, every step in the inputs' dtype; a row that sees
+    nothing gives 0."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if enable_gqa:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+        value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+    scores = query @ key.transpose(-2, -1) * scale
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0)
+    return weights @ value
+
+
+@dataclass(frozen=True)
+class SdpaCase:
+    name: str
+    query: tuple[int, ...] = (2, 4, 33, 16)
+    key: tuple[int, ...] = (2, 4, 47, 16)
+    value: tuple[int, ...] | None = None  # None: like key
+    mask: Callable[[], Tensor] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def bools(*shape: int, p: float = 0.7, seed: int = 0) -> Callable[[], Tensor]:
+    return lambda: torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < p
+
+
+def floats(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def padding(*runs: tuple[int, int], keys: int = 47) -> Callable[[], Tensor]:
+    """(batch, 1, 1, keys): True for start <= j < end."""
+    j = torch.arange(keys)
+    return lambda: torch.stack([(j >= a) & (j < b) for a, b in runs])[:, None, None]
+
+
+def band(rows: int, keys: int, left: int | None, right: int | None) -> Tensor:
+    distance = torch.arange(keys) - torch.arange(rows)[:, None]
+    seen = torch.ones(rows, keys, dtype=torch.bool)
+    seen = seen if left is None else seen & (distance >= -left)
+    return seen if right is None else seen & (distance <= right)
+
+
+def additive(mask: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    return lambda: torch.zeros(mask().shape).masked_fill(~mask(), -torch.inf)
+
+
+def with_dark_rows() -> Tensor:
+    mask = bools(2, 4, 33, 47)()
+    mask[:, :, 5:9] = False
+    mask[1] = False
+    return mask
+
+
+CASES = [
+    SdpaCase("plain"),
+    SdpaCase("scale", options={"scale": 0.3}),
+    SdpaCase("scale_0", options={"scale": 0.0}),
+    SdpaCase("scale_negative", options={"scale": -0.2}),
+    SdpaCase("value_dim", value=(2, 4, 47, 24)),
+    SdpaCase("causal_square", (2, 4, 47, 16), options={"is_causal": True}),
+    SdpaCase("causal_fewer_rows", options={"is_causal": True}),
+    SdpaCase("causal_more_rows", (2, 4, 80, 16), options={"is_causal": True}),
+    SdpaCase("causal_one_row", (2, 4, 1, 16), options={"is_causal": True}),
+    SdpaCase("gqa", (2, 6, 33, 16), (2, 2, 47, 16), options={"enable_gqa": True}),
+    SdpaCase("gqa_causal", (2, 6, 33, 16), (2, 1, 33, 16), None, None,
+             {"enable_gqa": True, "is_causal": True}),
+    SdpaCase("gqa_key_value_differ", (2, 6, 33, 16), (2, 2, 47, 16), (2, 3, 47, 16), None,
+             {"enable_gqa": True}),
+    SdpaCase("two_dimensional", (33, 16), (47, 16), (47, 8)),
+    SdpaCase("two_dimensional_mask", (33, 16), (47, 16), None, bools(33, 47)),
+    SdpaCase("three_dimensional", (5, 33, 16), (5, 47, 16)),
+    SdpaCase("three_dimensional_mask", (5, 33, 16), (5, 47, 16), None, bools(5, 1, 47)),
+    SdpaCase("three_dimensional_causal", (5, 33, 16), (5, 47, 16), options={"is_causal": True}),
+    SdpaCase("three_dimensional_gqa", (4, 33, 16), (2, 47, 16), options={"enable_gqa": True}),
+    SdpaCase("five_dimensional", (2, 3, 2, 9, 8), (2, 3, 2, 11, 8)),
+    SdpaCase("five_dimensional_mask", (2, 3, 2, 9, 8), (2, 3, 2, 11, 8), None,
+             bools(2, 1, 1, 9, 11)),
+    SdpaCase("five_dimensional_shared_mask", (2, 3, 2, 9, 8), (2, 3, 2, 11, 8), None,
+             bools(1, 1, 1, 9, 11)),
+    SdpaCase("batch_broadcasts", (2, 4, 9, 8), (1, 4, 11, 8)),
+    SdpaCase("query_batch_broadcasts", (1, 4, 9, 8), (3, 4, 11, 8)),
+    SdpaCase("ranks_differ", (2, 4, 9, 8), (4, 11, 8)),
+    SdpaCase("leading_broadcast", (3, 1, 2, 9, 8), (1, 2, 2, 11, 8), (3, 2, 2, 11, 8)),
+    SdpaCase("heads_broadcast", (2, 4, 9, 8), (2, 1, 11, 8)),
+    SdpaCase("key_heads_broadcast", (2, 4, 9, 8), (2, 1, 11, 8), (2, 4, 11, 8)),
+    SdpaCase("query_heads_broadcast", (2, 1, 9, 8), (2, 4, 11, 8)),
+    SdpaCase("bool_2d", mask=bools(33, 47)),
+    SdpaCase("bool_4d", mask=bools(2, 4, 33, 47)),
+    SdpaCase("bool_heads", mask=bools(4, 1, 47)),
+    SdpaCase("bool_rows", mask=bools(2, 1, 33, 1)),
+    SdpaCase("bool_per_batch", mask=bools(2, 1, 33, 47)),
+    SdpaCase("bool_expanded", mask=lambda: bools(2, 1, 1, 47)().expand(2, 4, 33, 47)),
+    SdpaCase("bool_1d", mask=bools(47)),
+    SdpaCase("bool_gqa", (2, 6, 33, 16), (2, 2, 47, 16), None, bools(2, 6, 33, 47),
+             {"enable_gqa": True}),
+    SdpaCase("dark_rows", mask=with_dark_rows),
+    SdpaCase("dark_rows_float", mask=additive(with_dark_rows)),
+    SdpaCase("float_2d", mask=floats(33, 47)),
+    SdpaCase("float_4d", mask=floats(2, 4, 33, 47)),
+    SdpaCase("float_heads", mask=floats(4, 33, 1)),
+    SdpaCase("float_columns", mask=floats(2, 1, 1, 47)),
+    SdpaCase("padding_right", mask=padding((0, 31), (0, 47))),
+    SdpaCase("padding_left", mask=padding((12, 47), (1, 47))),
+    SdpaCase("padding_both_and_empty", mask=padding((12, 20), (0, 0))),
+    SdpaCase("padding_shared", mask=padding((3, 30))),
+    SdpaCase("padding_with_holes", mask=bools(2, 1, 1, 47)),
+    SdpaCase("padding_additive", mask=additive(padding((0, 31), (0, 47)))),
+    SdpaCase("band_causal", mask=lambda: band(33, 47, None, 0)),
+    SdpaCase("band_bottom_right", mask=lambda: band(33, 47, None, 14)),
+    SdpaCase("band_additive", mask=additive(lambda: band(33, 47, 6, 3))),
+    SdpaCase("band_window", mask=lambda: band(33, 47, 4, 9)[None, None]),
+    SdpaCase("band_left_only", mask=lambda: band(33, 47, 4, None)),
+    SdpaCase("band_hides_its_diagonal", mask=lambda: band(33, 47, -3, None)),
+    SdpaCase("band_hides_first_rows", mask=lambda: band(33, 47, None, -3)),
+    SdpaCase("no_rows", (2, 4, 0, 16)),
+    SdpaCase("no_keys", key=(2, 4, 0, 16)),
+    SdpaCase("no_keys_causal", key=(2, 4, 0, 16), options={"is_causal": True}),
+    SdpaCase("no_keys_mask", key=(2, 4, 0, 16), mask=bools(33, 0)),
+    SdpaCase("no_batch", (0, 4, 33, 16), (0, 4, 47, 16)),
+]  # fmt: skip
+
+
+def inputs_of(case: SdpaCase, dtype: torch.dtype) -> list[Tensor]:
+    """query, key, value, and the mask if there is one; floats in dtype."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = (case.query, case.key, case.key if case.value is None else case.value)
+    tensors = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    if case.mask is not None:
+        mask = case.mask()
+        tensors.append(mask.to(dtype) if mask.is_floating_point() else mask)
+    return tensors
+
+
+def run(
+    function: Callable[..., Tensor], tensors: list[Tensor], options: dict[str, Any], dout: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """The result, and the gradient for every float input."""
+    leaves = [t.detach().clone().requires_grad_() if t.is_floating_point() else t for t in tensors]
+    out = function(*leaves, **options)
+    wanted = [t for t in leaves if t.requires_grad]
+    return out.detach(), list(torch.autograd.grad(out, wanted, dout.to(out.dtype)))
+
+
+def dout_like(shape: torch.Size) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_formula_is_torchs(case: SdpaCase) -> None:
+    """What the other tests take for the truth, against torch in float64."""
+    tensors = inputs_of(case, torch.float64)
+    options = dict(case.options)
+    expected = TORCH_SDPA(*tensors, **options) if case.name != "bool_1d" else None
+    if expected is None:  # refused by one of torch's paths and taken by another
+        expected = TORCH_SDPA(*tensors[:3], tensors[3][None], **options)
+    assert torch.equal(formula(*tensors, **options).isnan(), expected.isnan())
+    torch.testing.assert_close(formula(*tensors, **options), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(case: SdpaCase, dtype: torch.dtype) -> None:
+    tensors = inputs_of(case, dtype)
+    wide = [t.double() if t.is_floating_point() else t for t in tensors]
+    shape = formula(*wide, **case.options).shape
+    dout = dout_like(shape).to(dtype).double()
+    truth, truth_grads = run(formula, wide, case.options, dout)
+    low, low_grads = run(formula, tensors, case.options, dout)
+    out, grads = run(scaled_dot_product_attention, tensors, case.options, dout)
+    assert out.dtype == dtype
+    check_within_budget("out", out, truth, low)
+    with torch.no_grad():  # without gradients masks are looked at, which is another path
+        check_within_budget(
+            "out", scaled_dot_product_attention(*tensors, **case.options), truth, low
+        )
+    names = ("dquery", "dkey", "dvalue", "dmask")
+    for name, got, exact, rounded in zip(names, grads, truth_grads, low_grads, strict=False):
+        if exact.any() or name == "dmask":
+            check_within_budget(name, got, exact, rounded, factor=3.0)
+            continue
+        # All of it cancels, for P is 1 everywhere. What is left is the rounding of dP - delta.
+        # (16 is the head_dim that dP sums over.)
+        sizes = [float(t.abs().amax()) if t.numel() else 0.0 for t in (dout, *wide[1:3])]
+        assert got.numel() == 0 or got.abs().max() <= 4 * torch.finfo(dtype).eps * 16 * math.prod(
+            sizes
+        )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float64_is_float64(case: SdpaCase) -> None:
+    tensors = inputs_of(case, torch.float64)
+    dout = dout_like(formula(*tensors, **case.options).shape)
+    truth, truth_grads = run(formula, tensors, case.options, dout)
+    out, grads = run(scaled_dot_product_attention, tensors, case.options, dout)
+    for got, exact in zip([out, *grads], [truth, *truth_grads], strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-11, atol=1e-11)
+
+
+def test_a_float32_mask_goes_with_half_precision() -> None:
+    q, k, v = (torch.randn(2, 3, 20, 16).bfloat16() for _ in range(3))
+    mask = torch.randn(20, 20)
+    truth = formula(q.double(), k.double(), v.double(), mask.double())
+    low = formula(q, k, v, mask.bfloat16())
+    check_within_budget("out", scaled_dot_product_attention(q, k, v, mask), truth, low)
+
+
+def test_strides_do_not_matter() -> None:
+    base = torch.randn(2, 20, 3, 4, 16)  # (batch, seqlen, qkv, heads, dim): what a projection gives
+    q, k, v = base.permute(2, 0, 3, 1, 4).unbind(0)
+    assert not q.is_contiguous()
+    contiguous = scaled_dot_product_attention(*(t.contiguous() for t in (q, k, v)), is_causal=True)
+    assert torch.equal(scaled_dot_product_attention(q, k, v, is_causal=True), contiguous)
+
+
+# ---- recognising masks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+@pytest.mark.parametrize("keys", [1, 2, 5, 9])
+def test_every_band_is_recognised_or_left_dense(rows: int, keys: int) -> None:
+    """Brute force over all sides: what is recognised has exactly the mask's visibility."""
+    recognised = 0
+    for left in (None, *range(-3, 10)):
+        for right in (None, *range(-3, 10)):
+            mask = band(rows, keys, left, right)
+            found = band_of(mask)
+            if found is None or kernel_window(found, rows, keys) is None:
+                continue
+            recognised += 1
+            assert torch.equal(band(rows, keys, found.left, found.right), mask)
+            aligned = kernel_window(found, rows, keys)
+            assert aligned is not None
+            used, (window_left, window_right) = aligned
+            shift = used - rows  # the kernels' rule, bottom-right
+            seen = band(
+                rows,
+                used,
+                None if window_left is None else window_left - shift,
+                None if window_right is None else window_right + shift,
+            )
+            assert torch.equal(seen, mask[:, :used])
+            assert not mask[:, used:].any()
+    assert recognised > 20
+
+
+def test_random_masks_are_not_taken_for_bands_or_padding() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(300):
+        mask = torch.rand(4, 5, generator=generator) < 0.6
+        found = band_of(mask)
+        if found is not None:
+            assert torch.equal(band(4, 5, *found), mask)
+        runs = padding_of(mask)
+        if runs is not None:
+            j = torch.arange(5)
+            start = torch.zeros(4) if runs.leftpad is None else runs.leftpad
+            end = torch.full((4,), 5) if runs.used is None else runs.used
+            assert torch.equal((j >= start[:, None]) & (j < end[:, None]), mask)
+
+
+def test_band_of_names_the_sides() -> None:
+    assert band_of(band(6, 6, None, 0)) == Band(None, 0)
+    assert band_of(band(6, 6, 2, 1)) == Band(2, 1)
+    assert band_of(torch.ones(6, 6, dtype=torch.bool)) == Band(None, None)
+
+
+@pytest.mark.parametrize("additive_form", [False, True])
+def test_masks_become_lengths_and_windows(additive_form: bool) -> None:
+    form = additive if additive_form else (lambda make: make)
+    keys, options = mask_options(form(padding((0, 31), (2, 47)))(), 2, 33, 47, torch.float32)
+    assert keys == 47 and options["seqused_k"].tolist() == [31, 47]
+    assert options["leftpad_k"].tolist() == [0, 2] and "bias" not in options
+    keys, options = mask_options(
+        form(lambda: band(33, 47, None, 0)[None, None])(), 2, 33, 47, torch.float32
+    )
+    assert keys == 33 and options == {"window": (None, 0)}
+
+
+def test_a_mask_with_a_gradient_stays_a_bias() -> None:
+    mask = additive(padding((0, 31), (0, 47)))().requires_grad_()
+    _, options = mask_options(mask, 2, 33, 47, torch.float32)
+    assert options["bias"] is mask
+
+
+# ---- dropout, autocast, errors ------------------------------------------------------------------
+
+
+def test_dropout_follows_the_seed_and_keeps_the_mean() -> None:
+    q, k = torch.randn(2, 4, 64, 16), torch.randn(2, 4, 64, 16)
+    v = torch.eye(64).expand(2, 4, 64, 64)  # the output is the dropped-out weights themselves
+    torch.manual_seed(5)
+    first = scaled_dot_product_attention(q, k, v, dropout_p=0.25)
+    torch.manual_seed(5)
+    assert torch.equal(scaled_dot_product_attention(q, k, v, dropout_p=0.25), first)
+    assert not torch.equal(scaled_dot_product_attention(q, k, v, dropout_p=0.25), first)
+    dropped = (first == 0).double().mean().item()
+    elements = first.numel()
+    assert abs(dropped - 0.25) < 5 * (0.25 * 0.75 / elements) ** 0.5  # five standard deviations
+    weights = formula(q.double(), k.double(), v.double())
+    kept = first != 0
+    torch.testing.assert_close(first[kept].double(), (weights / 0.75)[kept], rtol=1e-5, atol=1e-7)
+
+
+def test_dropping_everything_gives_zero_and_zero_gradients() -> None:
+    q, k, v = (torch.randn(1, 2, 5, 8, requires_grad=True) for _ in range(3))
+    out = scaled_dot_product_attention(q, k, v, dropout_p=1.0)
+    out.sum().backward()
+    assert not out.any()
+    for t in (q, k, v):
+        assert t.grad is not None and not t.grad.any()
+
+
+def test_autocast_is_torchs() -> None:
+    q, k, v = torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16)
+    mask = torch.randn(20, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, theirs = scaled_dot_product_attention(q, k, v, mask), TORCH_SDPA(q, k, v, mask)
+        mixed = scaled_dot_product_attention(q, k.bfloat16(), v.half())
+    assert out.dtype == theirs.dtype == mixed.dtype == torch.bfloat16
+    low = [t.bfloat16() for t in (q, k, v)]
+    truth = formula(*(t.double() for t in low), mask.double())
+    check_within_budget("out", out, truth, formula(*low, mask.bfloat16()))
+
+
+Q, K = torch.zeros(2, 4, 3, 8), torch.zeros(2, 4, 5, 8)
+BAD_CALLS: list[tuple[tuple[Tensor, ...], dict[str, Any], str]] = [
+    ((Q[0, 0, 0], K, K), {}, "query has shape .* at least 2-dimensional"),
+    ((Q, K.double(), K), {}, "query is torch.float32, key torch.float64"),
+    ((Q, K[..., :4], K), {}, "key has head_dim 4 but query has 8"),
+    ((Q, K, K[:, :, :4]), {}, "key has seqlen 5 but value has 4"),
+    ((Q, K[:, :2], K[:, :2]), {}, "4, 2 and 2 heads; enable_gqa=True groups them"),
+    ((Q, K[:, :3], K[:, :3]), {"enable_gqa": True}, "key has 3 heads, which do not divide"),
+    ((Q, torch.zeros(3, 4, 5, 8), torch.zeros(3, 4, 5, 8)), {}, "do not broadcast to one batch"),
+    ((Q, K, K), {"dropout_p": 1.5}, r"dropout_p is 1.5; it must be in \[0, 1\]"),
+    ((Q, K, K), {"dropout_p": -0.5}, "dropout_p is -0.5"),
+    ((Q, K, K, torch.ones(3, 5, dtype=torch.bool)), {"is_causal": True}, "should not be set when"),
+    ((Q, K, K, torch.ones(4, 5, dtype=torch.bool)), {}, r"\(4, 5\); it must broadcast to \(2, 4"),
+    ((Q, K, K, torch.ones(1, 1, 1, 1, 5, dtype=torch.bool)), {}, "attn_mask has shape"),
+    ((Q, K, K, torch.ones(3, 5, dtype=torch.int32)), {}, "attn_mask is torch.int32"),
+    ((Q, K, K, torch.ones(3, 5).double()), {}, "attn_mask is torch.float64"),
+    ((Q.int(), K.int(), K.int()), {}, "q is int32; it must be float32, float16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "options", "message"), BAD_CALLS)
+def test_bad_calls_say_what_is_wrong(
+    arguments: tuple[Tensor, ...], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=f"scaled_dot_product_attention: .*{message}"):
+        scaled_dot_product_attention(*arguments, **options)
+
+
+def test_scale_is_keyword_only_as_in_torch() -> None:
+    with pytest.raises(TypeError, match="positional"):
+        scaled_dot_product_attention(Q, K, K, None, 0.0, False, 1.0)  # type: ignore[misc]
+
+
+def test_a_head_dim_beyond_the_kernels_is_refused() -> None:
+    t = torch.zeros(1, 1, 3, 257)
+    with pytest.raises(ArgumentError, match="head_dim 257; it must be 1 to 256"):
+        scaled_dot_product_attention(t, t, t)
+
+
+# ---- in place of torch's ------------------------------------------------------------------------
+
+
+def call(head_dim: int = 8) -> Tensor:
+    t = torch.ones(1, 2, 4, head_dim)
+    return functional.scaled_dot_product_attention(t, t, t)
+
+
+def test_use_as_sdpa_replaces_and_restores() -> None:
+    with use_as_sdpa() as calls:
+        assert functional.scaled_dot_product_attention is not TORCH_SDPA
+        q, k = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 9, 8)
+        out = functional.scaled_dot_product_attention(
+            q, k, k, is_causal=True, scale=0.5, enable_gqa=True
+        )
+    assert functional.scaled_dot_product_attention is TORCH_SDPA
+    assert calls.ours == 1 and not calls.torch
+    torch.testing.assert_close(out, TORCH_SDPA(q, k, k, is_causal=True, scale=0.5, enable_gqa=True))
+
+
+def test_nesting_counts_in_the_innermost() -> None:
+    with use_as_sdpa() as outer:
+        call()
+        with use_as_sdpa() as inner:
+            call()
+        call()
+    assert (outer.ours, inner.ours) == (2, 1)
+    assert functional.scaled_dot_product_attention is TORCH_SDPA
+
+
+def test_it_ends_with_an_exception() -> None:
+    with pytest.raises(KeyError), use_as_sdpa():
+        raise KeyError
+    assert functional.scaled_dot_product_attention is TORCH_SDPA
+
+
+def test_other_threads_keep_torchs() -> None:
+    counts = []
+    inside, done = threading.Barrier(2), threading.Barrier(2)
+
+    def uses() -> None:
+        with use_as_sdpa() as calls:
+            inside.wait()
+            call()
+            done.wait()
+            counts.append(calls.ours)
+
+    thread = threading.Thread(target=uses)
+    thread.start()
+    inside.wait()
+    assert functional.scaled_dot_product_attention is not TORCH_SDPA  # installed, but not for us
+    call()
+    done.wait()
+    thread.join()
+    assert counts == [1]
+    assert functional.scaled_dot_product_attention is TORCH_SDPA
+
+
+def test_all_threads_reaches_them() -> None:
+    with use_as_sdpa(all_threads=True) as calls:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+        call()
+    assert calls.ours == 2
+
+
+def test_threads_that_overlap_leave_torchs_behind() -> None:
+    def work(_: int) -> None:
+        for _ in range(30):
+            with use_as_sdpa() as calls:
+                call()
+            assert calls.ours == 1
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert functional.scaled_dot_product_attention is TORCH_SDPA
+
+
+def test_asyncio_tasks_are_apart() -> None:
+    async def uses(started: asyncio.Event, other: asyncio.Event) -> int:
+        with use_as_sdpa() as calls:
+            started.set()
+            await other.wait()
+            call()
+        return calls.ours
+
+    async def both() -> int:
+        started, other = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(uses(started, other))
+        await started.wait()
+        call()  # torch's, for this task has not entered
+        other.set()
+        return await task
+
+    assert asyncio.run(both()) == 1
+
+
+def test_what_cannot_run_raises_or_is_counted() -> None:
+    with use_as_sdpa(), pytest.raises(ArgumentError, match="head_dim 300; it must be 1 to 256"):
+        call(300)
+    with use_as_sdpa(unsupported="torch") as calls:
+        out = call(300)
+        call()
+    assert torch.equal(out, torch.ones(1, 2, 4, 300))
+    assert calls.ours == 1 and calls.torch == {"q has head_dim 300; it must be 1 to 256": 1}
+    nested = torch.nested.nested_tensor([torch.ones(2, 3, 8), torch.ones(2, 5, 8)])
+    with use_as_sdpa(), pytest.raises(ArgumentError, match="nested tensors cannot run on"):
+        functional.scaled_dot_product_attention(nested, nested, nested)
+
+
+def test_a_wrong_policy_is_refused() -> None:
+    with (
+        pytest.raises(ArgumentError, match="unsupported is 'ignore'"),
+        use_as_sdpa(
+            unsupported="ignore"  # type: ignore[arg-type]
+        ),
+    ):
+        pass
+
+
+def test_torchs_own_modules_are_reached() -> None:
+    mha = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 9, 32)
+    expected, _ = mha(x, x, x, need_weights=False)
+    with use_as_sdpa() as calls:
+        out, _ = mha(x, x, x, need_weights=False)
+    assert calls.ours == 1
+    torch.testing.assert_close(out, expected)
+
+
+def test_sdpa_is_attention_transposed() -> None:
+    q, k, v = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
+    out = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), enable_gqa=True)
+    assert torch.equal(out.transpose(1, 2), attention(q, k, v))
