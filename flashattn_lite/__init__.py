@@ -4,6 +4,7 @@ from flashattn_lite import flash_attn_func          # flash_attn 2.8's functions
 from flashattn_lite import attention                # the same kernels with every option
 """
 
+from flashattn_lite import nn
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite._version import __version__
 from flashattn_lite.attention import attention
@@ -18,6 +19,7 @@ from flashattn_lite.flash_attn_interface import (
 from flashattn_lite.inspection import attention_weights
 from flashattn_lite.kv_cache import append_kv_cache, flash_attn_with_kvcache
 from flashattn_lite.merge import flash_attn_combine, merge_attention_states
+from flashattn_lite.sdpa import scaled_dot_product_attention, use_as_sdpa
 
 __all__ = [
     "ArgumentError",
@@ -34,4 +36,7 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
     "merge_attention_states",
+    "nn",
+    "scaled_dot_product_attention",
+    "use_as_sdpa",
 ]
