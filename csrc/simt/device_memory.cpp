@@ -93,7 +93,10 @@ void register_buffer(void* data, size_t bytes, const std::string& name, bool wri
   const uintptr_t begin = uintptr_t(data), end = begin + bytes;
   for (const auto& other : buffers)
     if (begin < other->end && other->begin < end)
-      report(nullptr, "launch", "buffers '%s' and '%s' overlap", name.c_str(), other->name.c_str());
+      report(
+          nullptr, "launch",
+          "buffers '%s' and '%s' overlap: unregister the one that is gone, or register both as one",
+          name.c_str(), other->name.c_str());
   insert_buffer(std::make_unique<Buffer>(begin, end, name, writable, false));
 }
 

@@ -184,7 +184,8 @@ struct Launch {
   uint32_t number;  // counts launches: shadow of device memory from older ones is void
 };
 
-extern __thread Block* current_block;
+// initial-exec: reached in one instruction, as every plain access of a kernel asks for it.
+extern __attribute__((tls_model("initial-exec"))) __thread Block* current_block;
 
 // The calling fiber, with plain accesses switched off while the emulator works for it.
 class Entry {
