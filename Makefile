@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check -q
+GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 CPP_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.inl')
 
 .PHONY: help demo test lint format bench build wheel wheel-check gpu-check docs clean
@@ -57,6 +58,9 @@ wheel-check:  ## try dist/*.whl under another torch: make wheel-check TORCH=2.11
 	$(PYTHON) -m venv $(VENV)-torch-$(TORCH)
 	$(VENV)-torch-$(TORCH)/bin/python -m pip --disable-pip-version-check -q install "torch==$(TORCH)" dist/*.whl
 	cd dist && ../$(VENV)-torch-$(TORCH)/bin/python ../tests/packaging/smoke.py
+
+gpu-check:  ## on a machine with an NVIDIA GPU and the built library: exactness, sanitizer, speed
+	PYTHONPATH=. $(GPU_PYTHON) tests/gpu_check.py $(GPU_CHECK_FLAGS)
 
 clean:  ## remove everything that was built
 	rm -rf $(VENV) $(VENV)-* build dist *.egg-info flashattn_lite/_C.so tests/native/build

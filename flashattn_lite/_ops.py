@@ -28,7 +28,8 @@ FORWARD_ARGUMENTS = (
 
 OPERATORS = (
     *("forward", "forward_plain", "backward", "rotate", "append_kv"),
-    *("build_info", "cpu_isa", "set_cpu_isa"),
+    *("build_info", "cpu_isa", "set_cpu_isa", "fma_peak"),
+    *("ptx_conformance", "ptx_conformance_sections"),
 )
 
 

@@ -2,7 +2,6 @@
 // engine, run. Shapes and meaning: flashattn_lite/attention.py and docs/semantics.md.
 #include <math.h>
 
-#include "../cpu/engine.h"
 #include "engines.h"
 
 namespace fal::torch_binding {
@@ -105,29 +104,6 @@ void backward(uint64_t* stack, uint64_t inputs, uint64_t) {
               std::move(dbias));
 }
 
-void build_info_op(uint64_t* stack, uint64_t, uint64_t) { put_results(stack, build_info()); }
-
-void cpu_isa(uint64_t* stack, uint64_t, uint64_t) {
-  put_results(stack, std::string(cpu::active_isa()));
-}
-
-void set_cpu_isa(uint64_t* stack, uint64_t inputs, uint64_t) {
-  std::string isa;
-  StackReader(stack, inputs) >> isa;
-  if (cpu::select_isa(isa.c_str())) return;
-  std::string names;
-  for (const char* const* name = cpu::available_isas(); *name; ++name)
-    names += std::string(" ") + *name;
-  fail("flashattn_lite::set_cpu_isa: isa is '", isa, "'; available here:", names);
-}
-
-void fma_peak_op(uint64_t* stack, uint64_t inputs, uint64_t) {
-  int64_t flops;
-  StackReader(stack, inputs) >> flops;
-  FAL_CHECK(flops > 0, "flashattn_lite::fma_peak: flops is ", flops, "; it must be positive");
-  put_results(stack, fma_peak(flops));
-}
-
 // Static initialisers register the operators when the library is loaded; it exports nothing.
 const bool registered = [] {
   static Library definitions = Library::define("flashattn_lite");
@@ -143,11 +119,7 @@ const bool registered = [] {
           "lse, " +
           options +
           ", bool deterministic, bool need_dsinks, bool need_dbias, str backend) -> "
-          "(Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor dbias)")
-      .schema("build_info() -> str")
-      .schema("cpu_isa() -> str")
-      .schema("set_cpu_isa(str isa) -> ()")
-      .schema("fma_peak(int flops) -> int");
+          "(Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor dbias)");
   static Library on_cpu = Library::implement("flashattn_lite", "CPU");
   on_cpu.function("forward", forward)
       .function("forward_plain", forward_plain)
@@ -156,11 +128,6 @@ const bool registered = [] {
   on_cuda.function("forward", forward)
       .function("forward_plain", forward_plain)
       .function("backward", backward);
-  static Library anywhere = Library::implement("flashattn_lite", "CompositeExplicitAutograd");
-  anywhere.function("build_info", build_info_op)
-      .function("cpu_isa", cpu_isa)
-      .function("set_cpu_isa", set_cpu_isa)
-      .function("fma_peak", fma_peak_op);
   return true;
 }();
 

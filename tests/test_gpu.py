@@ -1,0 +1,156 @@
+"""The CUDA engines on a real GPU: the case table of every other engine, and what only a device
+shows (streams, graphs, several devices, no waiting). `make gpu-check` runs it."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashattn_lite import ArgumentError, attention, flash_attn_func, flash_attn_with_kvcache
+from flashattn_lite.testing import Case, all_cases, check_case, gradients_of, make_inputs
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a torch with CUDA"
+)
+ALGORITHMS = ("flash2", "flash1")
+
+
+def runner(algorithm: str) -> Any:
+    def run(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = attention(
+            *tensors, **options, return_lse=True, backend=algorithm, deterministic=True
+        )
+        return out, lse
+
+    return run
+
+
+def out_of_reach(case: Case) -> str:
+    """What every CUDA engine says to a case that none of them runs; empty when they must run it."""
+    if case.dtype == torch.float32:
+        return "q is not float16 or bfloat16"
+    return "an additive bias is given" if case.bias else ""
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_case_table(case: Case, algorithm: str) -> None:
+    reason = out_of_reach(case)
+    if reason and case.batch:
+        with pytest.raises(ArgumentError, match=reason):
+            check_case(runner(algorithm), case, device="cuda")
+    else:
+        check_case(runner(algorithm), case, device="cuda")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_many_tiles(algorithm: str, head_dim: int, causal: bool) -> None:
+    case = Case(
+        "many_tiles",
+        ((1000, 1500),) * 2,
+        head_dim=head_dim,
+        causal=causal,
+        dtype=torch.bfloat16,
+    )
+    check_case(runner(algorithm), case, device="cuda")
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_deterministic_gradients_are_bitwise_repeatable(algorithm: str) -> None:
+    case = Case("repeat", ((700, 900),) * 4, heads_q=8, dtype=torch.float16, dropout_p=0.1)
+    inputs = make_inputs(case, device="cuda")
+    first = gradients_of(runner(algorithm), inputs, inputs.options)
+    for _ in range(5):
+        again = gradients_of(runner(algorithm), inputs, inputs.options)
+        assert torch.equal(again.out, first.out)
+        for name, gradient in first.grads.items():
+            assert torch.equal(again.grads[name], gradient), name
+
+
+def test_dropout_is_the_cpus() -> None:
+    """The same seed drops the same elements on both devices."""
+    q, k = (torch.zeros(2, 130, 3, 64, dtype=torch.float16) for _ in range(2))
+    v = torch.eye(130, 64, dtype=torch.float16)[None, :, None].expand(2, -1, 3, -1)
+    seed = torch.tensor([1234567])
+    on_cpu = attention(q, k, v, dropout_p=0.3, dropout_seed=seed)
+    on_gpu = attention(*(t.cuda() for t in (q, k, v)), dropout_p=0.3, dropout_seed=seed)
+    assert isinstance(on_cpu, Tensor) and isinstance(on_gpu, Tensor)
+    assert torch.equal(on_cpu == 0, on_gpu.cpu() == 0)
+
+
+def test_runs_on_the_current_stream_and_in_a_graph() -> None:
+    q, k, v = (torch.randn(2, 300, 4, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+    expected = flash_attn_func(q, k, v, causal=True)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        flash_attn_func(q, k, v, causal=True)
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        out = flash_attn_func(q, k, v, causal=True)
+    out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+    q.copy_(torch.randn_like(q))
+    graph.replay()
+    assert torch.equal(out, flash_attn_func(q, k, v, causal=True))
+
+
+def test_never_waits_for_the_device() -> None:
+    q, k, v = (
+        torch.randn(2, 64, 4, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+        for _ in range(3)
+    )
+    lengths = torch.tensor([3, 64], dtype=torch.int32, device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = attention(q, k, v, seqused_k=lengths, causal=True)
+        assert isinstance(out, Tensor)
+        out.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_the_tensors_device() -> None:
+    q = torch.randn(1, 100, 2, 64, device="cuda:1", dtype=torch.float16)
+    with torch.cuda.device(0):
+        out = flash_attn_func(q, q, q)
+    assert isinstance(out, Tensor) and out.device == q.device
+    assert torch.equal(out, flash_attn_func(q, q, q))
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 256])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_kv_cache_equals_the_cpus(page_size: int, interleaved: bool) -> None:
+    """Append with rotary and attend over shuffled pages, on both devices."""
+    batch, pages, heads, dim = 3, 3 * (512 // page_size), 2, 64
+    q = torch.randn(batch, 2, 4, dim, dtype=torch.float16)
+    new = [torch.randn(batch, 2, heads, dim, dtype=torch.float16) for _ in range(2)]
+    caches = [torch.randn(pages, page_size, heads, dim, dtype=torch.float16) for _ in range(2)]
+    angles = torch.rand(600, dim // 2)
+    table = torch.randperm(pages, dtype=torch.int32).view(batch, -1)
+    lengths = torch.tensor([0, 100, 509], dtype=torch.int32)
+    results = []
+    for device in ("cpu", "cuda"):
+        k_cache, v_cache = (t.to(device, copy=True) for t in caches)
+        out = flash_attn_with_kvcache(
+            *(q.to(device), k_cache, v_cache, *(t.to(device) for t in new)),
+            rotary_cos=angles.cos().half().to(device),
+            rotary_sin=angles.sin().half().to(device),
+            cache_seqlens=lengths.to(device),
+            block_table=table.to(device),
+            causal=True,
+            rotary_interleaved=interleaved,
+        )
+        assert isinstance(out, Tensor)
+        results.append((out.cpu(), k_cache.cpu(), v_cache.cpu()))
+    (out, k_cache, v_cache), (gpu_out, gpu_k, gpu_v) = results
+    assert torch.equal(v_cache, gpu_v)
+    one_rounding = float(k_cache.abs().max()) * torch.finfo(torch.float16).eps
+    assert float((k_cache - gpu_k).abs().max()) <= one_rounding
+    assert float((out - gpu_out).abs().max()) <= 4 * float(out.abs().max()) * 2**-10
