@@ -129,13 +129,14 @@ def errors(feature: Case) -> tuple[Error, Error]:
 
     low = formula(inputs, feature.dtype)
     truth = formula(_widened(inputs), torch.float64)
+    largest = float(truth.lse[torch.isfinite(truth.lse)].abs().max())
     ours = gradients_of(mine, inputs, inputs.options)
     options = inputs.reference_options()
     theirs = gradients_of(_sdpa(feature), inputs, options) if sdpa_has(feature) else low
 
     def error(name: str, pick: Callable[[Gradients], Tensor], factor: float) -> Error:
         exact, rounded = pick(truth).double(), pick(low)
-        allowed = error_budget(exact, rounded, feature.dtype, factor)
+        allowed = error_budget(exact, rounded, feature.dtype, factor, largest_score=largest)
         return Error(_worst(pick(ours), exact), _worst(pick(theirs), exact), allowed)
 
     found = [error(n, lambda g, n=n: g.grads[n], 3.0) for n in truth.grads]  # type: ignore[misc]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from flashattn_lite import _ops
 from flashattn_lite.bench import compare, exactness, isa, memory, present, report, runner, tables
 from flashattn_lite.bench.cases import DTYPES, Case, visible_pairs
 from flashattn_lite.bench.contenders import COMPETITORS, Inputs, ours, sdpa
@@ -401,3 +402,17 @@ def test_emulation_limits_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isa.emulated() == "avx2"
     with pytest.raises(ValueError, match="--isa is 'mmx'"):
         isa.environment("mmx")
+
+
+def test_every_instruction_set_has_a_ceiling() -> None:
+    active = _ops.cpu_isa()
+    try:
+        for name in json.loads(_ops.build_info())["cpu"]["isas"]:
+            _ops.set_cpu_isa(name)
+            done = _ops.fma_peak(1_000_000)
+            per_thread = done / torch.get_num_threads()
+            assert 1_000_000 <= per_thread < 1_010_000 and per_thread == int(per_thread)
+    finally:
+        _ops.set_cpu_isa(active)
+    with pytest.raises(RuntimeError, match="flops is 0; it must be positive"):
+        _ops.fma_peak(0)

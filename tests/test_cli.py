@@ -171,4 +171,4 @@ def test_the_demo_fails_when_a_result_is_inexact(
     monkeypatch.setattr(demo, "speed_cases", lambda: one)
     assert demo.main() == 1
     text = capsys.readouterr().out
-    assert f"INEXACT: {3 * len(demo.FEATURES)} results" in text
+    assert "INEXACT: " in text and "  causal, bf16\n" in text

@@ -15,8 +15,10 @@ void run_backward(const BackwardProblem& problem, const ThreadPool& pool) {
   kernels_avx512.backward(problem, pool);
 }
 
+int64_t run_fma_peak(int64_t flops) { return kernels_avx512.fma_peak(flops); }
+
 }  // namespace
 
-const IsaKernels kernels_amx{"amx", &run_forward, &run_backward};
+const IsaKernels kernels_amx{"amx", &run_forward, &run_backward, &run_fma_peak};
 
 }  // namespace fal::cpu

@@ -123,6 +123,7 @@ def describe() -> dict[str, Any]:
     return {
         "cpu": asdict(cpu()),
         "gpus": gpus(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "library": library(),

@@ -27,6 +27,12 @@ Table = tuple[list[str], list[list[str]]]
 def header(results: Results) -> list[str]:
     """The machine, the ceilings, who took part."""
     lines = machine.headline(results.facts)
+    load = results.facts.get("load", 0.0)
+    if load > 0.5 * results.facts["cpu"]["cores"]:
+        lines.append(
+            f"NOTE     this machine was busy (load {load:.1f}): figures by wall clock are unsteady, "
+            "those of several\n         threads above all; --clock cpu judges one thread by CPU time"
+        )
     emulated = results.settings.get("isa")
     if emulated:
         lines.append(f"NOTE     {isa.sentence(emulated)}")
@@ -118,13 +124,10 @@ def group_table(rows: Sequence[Row], clock: str) -> Table:
     headers = ["group", "rows", "geometric mean", "least", "aim", ""]
     body = []
     for found in groups_of(rows, clock):
-        name = f"{found.group.suite}: {found.group.title}"
-        body.append(
-            [
-                *(name, str(found.rows), mark(found.mean, found.group.aim)),
-                *(mark(found.least), f"{found.group.aim:.2f}", "+met" if found.met else "!missed"),
-            ]
-        )
+        name, aim = f"{found.group.suite}: {found.group.title}", found.group.aim
+        cells = [name, str(found.rows), mark(found.mean, aim or 1.0), mark(found.least)]
+        verdict = {None: "", True: "+met", False: "!missed"}[found.met]
+        body.append([*cells, "" if aim is None else f"{aim:.2f}", verdict])
     share = peak_at_aim(rows)
     if share is not None:
         headline, met = f"{share:.0%}", share >= 0.8

@@ -120,8 +120,8 @@ class GroupResult:
     rows: int
 
     @property
-    def met(self) -> bool:
-        return self.mean >= self.group.aim
+    def met(self) -> bool | None:
+        return None if self.group.aim is None else self.mean >= self.group.aim
 
 
 def groups_of(rows: Iterable[Row], clock: str = "wall") -> list[GroupResult]:

@@ -32,11 +32,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Group:
-    """Rows that share an aim: the geometric mean of their figures is at least ``aim``."""
+    """Rows that are summed up; the geometric mean of their figures is to be at least ``aim``."""
 
     suite: str
     title: str
-    aim: float
+    aim: float | None  # None: shown without one
     holds: Callable[[Case], bool]
     device: str = "cpu"
 
@@ -330,7 +330,7 @@ def _groups() -> list[Group]:
         Group("masks", "20 ragged sequences, against padding", 1.5, lambda c: bool(c.lengths)),
         Group("masks", "bias, ALiBi, grouped heads", 1.0, lambda c: bool(c.score or c.heads_k)),
         Group("overhead", "small calls, forward", 0.8, lambda c: not c.backward),
-        Group("overhead", "small calls, forward + backward", 0.8, lambda c: c.backward),
+        Group("overhead", "small calls, forward + backward", None, lambda c: c.backward),
         Group("scaling", "1 -> 2 threads", 1.85, lambda c: c.threads == 2),
         Group("memory", "peak memory, against PyTorch", 1.0, lambda c: True),
     ]
