@@ -18,8 +18,9 @@ from native import build
 ENGINE = build.ROOT / "csrc/cpu"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+AMX = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 ISA_FLAGS: dict[str, list[str]] = (
-    {"avx512": AVX2 + AVX512, "avx2": AVX2, "baseline": []}
+    {"amx": AVX2 + AVX512 + AMX, "avx512": AVX2 + AVX512, "avx2": AVX2, "baseline": []}
     if platform.machine() == "x86_64"
     else {"neon": []}
 )
@@ -36,7 +37,8 @@ def engine_objects(flags: Sequence[str]) -> dict[str, Path]:
         for isa, isa_flags in ISA_FLAGS.items()
     }
     objects |= {
-        name: compile_file(ENGINE / f"{name}.cpp", flags) for name in ("engine", "parallel")
+        name: compile_file(ENGINE / f"{name}.cpp", flags)
+        for name in ("engine", "parallel", "amx_support")
     }
     return objects
 

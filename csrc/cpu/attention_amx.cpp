@@ -15,6 +15,7 @@ void run_backward(const BackwardProblem& problem, const ThreadPool& pool) {
   kernels_avx512.backward(problem, pool);
 }
 
+// Of the vector units: the peak that float32 is held against. The tile unit's is bf16's alone.
 int64_t run_fma_peak(int64_t flops) { return kernels_avx512.fma_peak(flops); }
 
 }  // namespace
