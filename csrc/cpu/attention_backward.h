@@ -164,6 +164,7 @@ static FAL_NOINLINE void backward_tile(const BackwardTile& t, Range keys, int of
     }
     gradient_panel(t, row, range, mask);
     finish_scores(t, row, keys, range);
+    fill_panel(range, s.ds + row);
   }
 
   // Query rows, relative to the tile, that see some key of [begin, end); keys that some row sees.

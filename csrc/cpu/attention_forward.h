@@ -123,6 +123,7 @@ static FAL_NOINLINE void forward_tile(const ForwardTile& t, const ForwardScratch
       score_panel<false, true>(s.k, k_ld, q_panel, shape.head_dim, range, mask, scores, new_max);
     }
     softmax_panel(scores, range, new_max, s.max + row, s.sum + row, s.alpha + row);
+    fill_panel(range, scores);
     if (s.keep) {
       for (int r = range.begin; r < range.end; ++r) {
         for (int v = 0; v < kPanel; v += kLanes) {

@@ -9,26 +9,38 @@
 
 namespace fal::cpu::FAL_CPU_ISA {
 
-// Keys of a tile that one panel of query rows works on, relative to the tile's first key: multiples
-// of a unit. What lies in the range and is not visible is masked.
+// Keys of a tile that one panel of query rows works on, relative to the tile's first key.
 struct PanelRange {
-  int begin, end;
-  bool masked;
+  int begin, end;                    // computed: multiples of a unit; what is not visible is masked
+  bool masked;                       // something in [begin, end) is not visible
+  int fill_begin = 0, fill_end = 0;  // zeros are needed outside [begin, end) as far as this
 };
 
-// `reach` query rows beyond the panel count on both sides: kRows - 1 for the vector products,
-// because the row groups of O = P V straddle panels and read P up to the last key that any of their
-// rows sees.
+// `reach` query rows beyond the panel read this panel's P on both sides: kRows - 1 for the vector
+// products, because the row groups of O = P V straddle panels and read P up to the last key that
+// any of their rows sees. Where the panel's own rows do not see that far, P is 0.
 FAL_INLINE PanelRange panel_range(const Band& band, Range rows, Range keys, int unit, int reach) {
   const Range reached{max_int(0, rows.begin - reach), min_int(band.seqlen_q, rows.end + reach)};
-  const Range any = intersect(band.keys_of_any(reached), keys);
-  if (any.empty()) return {0, 0, false};
-  const int begin = round_down(any.begin - keys.begin, unit);
-  const int end = round_up(any.end - keys.begin, unit);
+  const Range fill = intersect(band.keys_of_any(reached), keys);
+  if (fill.empty()) return {0, 0, false, 0, 0};
+  const Range any = intersect(band.keys_of_any(rows), keys);
+  const int begin = any.empty() ? 0 : round_down(any.begin - keys.begin, unit);
+  const int end = any.empty() ? 0 : round_up(any.end - keys.begin, unit);
   const Range all = band.keys_of_all(rows);
   const bool masked =
       keys.begin + begin < all.begin || keys.begin + end > all.end || end > keys.size();
-  return {begin, end, masked};
+  return {begin, end, masked, fill.begin - keys.begin, fill.end - keys.begin};
+}
+
+// Zeros in [fill_begin, fill_end) outside [begin, end).
+FAL_INLINE void fill_panel(PanelRange range, float* scores) {
+  const auto zero = [scores](int begin, int end) {
+    for (int r = begin; r < end; ++r) {
+      for (int v = 0; v < kPanel; v += kLanes) store(scores + r * kScoreStride + v, set1(0.f));
+    }
+  };
+  zero(range.fill_begin, min_int(range.begin, range.fill_end));
+  zero(max_int(range.end, range.fill_begin), range.fill_end);
 }
 
 // Lane-wise visibility: key r of the tile is visible to a lane iff begin <= r < end.

@@ -16,7 +16,7 @@ namespace fal::cpu::FAL_CPU_ISA {
 // Query rows and keys of one tile: multiples of kPanel (rows) and of kRows (both) for every
 // instruction set, and of 16, the dropout generator's block.
 constexpr int kTileRows = 192;
-constexpr int kTileKeys = 96;
+constexpr int kTileKeys = 144;
 // An odd number of cache lines, so that a column of scores spreads over all sets of the L1 cache.
 constexpr int kScoreStride = kTileRows + 16;
 static_assert(kTileRows % kPanel == 0 && kTileRows % kRows == 0 && kTileRows % 16 == 0, "");
