@@ -112,3 +112,82 @@ def test_keys_that_nobody_sees_are_not_read() -> None:
     visible = [t[:, 279:] for t in (inputs.k, inputs.v)]
     truth, _ = reference.attention(inputs.q, *visible)
     testing.check_within_budget("out", result.out, truth, truth.bfloat16())
+
+
+# ---- backward -----------------------------------------------------------------------------------
+
+
+def run_backward(
+    algorithm: str, inputs: testing.Inputs, *, dlse: bool = True, **more: Any
+) -> cuda_problem.Result:
+    options = inputs.reference_options()
+    forward = cuda_problem.forward(algorithm, inputs.q, inputs.k, inputs.v, **options)
+    return cuda_problem.backward(
+        algorithm,
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        forward.out,
+        forward.lse,
+        inputs.dout,
+        dlse=inputs.dlse if dlse else None,
+        **options,
+        **more,
+    )
+
+
+def check_gradients(
+    result: cuda_problem.Result, inputs: testing.Inputs, dtype: torch.dtype
+) -> None:
+    options = inputs.reference_options()
+
+    def run(precision: torch.dtype) -> testing.Gradients:
+        return testing.gradients_of(
+            lambda *t, **o: reference.attention(*t, **o, precision=precision), inputs, options
+        )
+
+    truth, low = run(torch.float64).grads, run(dtype).grads
+    actual = {"q": result.dq, "k": result.dk, "v": result.dv, "sinks": result.dsinks}
+    for name, gradient in actual.items():
+        if name in truth:
+            assert gradient is not None
+            testing.check_within_budget(
+                f"d{name}", gradient, truth[name].double(), low[name], factor=3.0
+            )
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "deterministic"))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_backward(algorithm: str, deterministic: bool, case: testing.Case) -> None:
+    inputs = testing.make_inputs(case)
+    result = run_backward(algorithm, inputs, deterministic=deterministic)
+    clean(result)
+    check_gradients(result, inputs, case.dtype)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name.startswith("grid")][:4], ids=str)
+def test_deterministic_backward_repeats(algorithm: str, case: testing.Case) -> None:
+    """The same bits whatever order blocks and threads run in."""
+    inputs = testing.make_inputs(case)
+    results = [run_backward(algorithm, inputs, deterministic=True, seed=seed) for seed in (0, 1, 2)]
+    for result in results:
+        clean(result)
+        for name in ("dq", "dk", "dv", "dsinks"):
+            first, other = getattr(results[0], name), getattr(result, name)
+            assert first is None or torch.equal(first, other), name
+
+
+@pytest.mark.parametrize("head_dim", (64, 128, 192, 256))
+@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "deterministic"))
+def test_backward_tiles_move_at_full_width(head_dim: int, deterministic: bool) -> None:
+    case = testing.Case(
+        "full", ((256, 256),), heads_q=2, heads_k=1, head_dim=head_dim, dtype=torch.bfloat16
+    )
+    result = run_backward(
+        "flash2", testing.make_inputs(case), dlse=False, deterministic=deterministic
+    )
+    clean(result)
+    wasteful = [s for s in result.sites if s["units"] > s["ideal"] and s["bytes"] > 4096]
+    assert not wasteful, wasteful

@@ -82,6 +82,12 @@ struct Band {
     return {begin, end};
   }
 
+  // Query rows that see every key of a non-empty tile of keys.
+  FAL_HOST_DEVICE Range rows_of_all(Range keys) const {
+    return {rows_of_any({keys.end - 1, keys.end}).begin,
+            rows_of_any({keys.begin, keys.begin + 1}).end};
+  }
+
   // kFull is exact; kSkip is never wrong; what is neither is kPartial and needs visible() per
   // element.
   FAL_HOST_DEVICE TileKind classify(Range rows, Range keys) const {

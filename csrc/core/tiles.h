@@ -42,29 +42,26 @@ struct DenseTilesOfRows {
 // Every tile of rows that sees a key of the tile, first to last, at multiples of tile_rows. Rows
 // that see a key are an interval too.
 struct DenseTilesOfKeys {
-  Band band;
-  Range keys;
-  int32_t tile_rows;
+  Range all;  // rows that see every key
+  int32_t seqlen_q, tile_rows;
   int32_t next_begin, end;
 
   FAL_HOST_DEVICE static DenseTilesOfKeys make(const Band& band, Range keys, int32_t tile_rows) {
-    const Range rows = keys.empty() ? Range{0, 0} : band.rows_of_any(keys);
-    return {band, keys, tile_rows, rows.begin / tile_rows * tile_rows, rows.end};
+    if (keys.empty()) return {{0, 0}, 0, tile_rows, 0, 0};
+    const Range any = band.rows_of_any(keys);
+    return {band.rows_of_all(keys), band.seqlen_q, tile_rows, any.begin / tile_rows * tile_rows,
+            any.end};
   }
   FAL_HOST_DEVICE int32_t count() const {
     return next_begin < end ? ceil_div(end - next_begin, tile_rows) : 0;
   }
   FAL_HOST_DEVICE bool next(Tile* tile) {
-    while (next_begin < end) {
-      const Range rows{next_begin, min_int(next_begin + tile_rows, band.seqlen_q)};
-      next_begin += tile_rows;
-      const TileKind kind = band.classify(rows, keys);
-      if (kind != TileKind::kSkip) {
-        *tile = {rows, kind};
-        return true;
-      }
-    }
-    return false;
+    if (next_begin >= end) return false;
+    const Range rows{next_begin, min_int(next_begin + tile_rows, seqlen_q)};
+    next_begin += tile_rows;
+    const bool full = all.begin <= rows.begin && rows.end <= all.end;
+    *tile = {rows, full ? TileKind::kFull : TileKind::kPartial};
+    return true;
   }
 };
 

@@ -19,8 +19,8 @@ struct Engine {
 // In the order of Algorithm.
 constexpr Engine kEngines[kAlgorithmCount] = {
     {"flash1", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
-    {"flash2", &flash2_supports_forward, nullptr, &flash2_forward_workspace_bytes, nullptr,
-     &flash2_forward, nullptr},
+    {"flash2", &flash2_supports_forward, &flash2_supports_backward, &flash2_forward_workspace_bytes,
+     &flash2_backward_workspace_bytes, &flash2_forward, &flash2_backward},
 };
 
 const Engine& engine(Algorithm algorithm) { return kEngines[static_cast<int>(algorithm)]; }

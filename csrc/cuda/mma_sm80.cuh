@@ -164,17 +164,22 @@ struct FragmentAddress {
 };
 
 // For A operands of a tile stored [m][k], and for B operands of a tile stored [k][n], transposed.
+//
+// Warps that share columns are dealt 16-column groups in turn: with `stride` warps, warp w has the
+// groups w, w + stride, ... (stride 1, 2 or 4). Then the XOR of FragmentAddress still never
+// carries.
 template <int kDim>
 __device__ __forceinline__ FragmentAddress<kDim> address_rows_first(uint32_t smem_tile, int row,
-                                                                    int lane) {
-  return {smem_tile + TileLayout<kDim>::offset(row + lane % 16, lane / 16)};
+                                                                    int lane, int group = 0) {
+  return {smem_tile + TileLayout<kDim>::offset(row + lane % 16, 2 * group + lane / 16)};
 }
 
 // For B operands of a tile stored [n][k], and for A operands of a tile stored [k][m], transposed.
 template <int kDim>
 __device__ __forceinline__ FragmentAddress<kDim> address_columns_first(uint32_t smem_tile, int row,
-                                                                       int lane) {
-  return {smem_tile + TileLayout<kDim>::offset(row + lane % 8 + lane / 16 * 8, lane / 8 % 2)};
+                                                                       int lane, int group = 0) {
+  return {smem_tile +
+          TileLayout<kDim>::offset(row + lane % 8 + lane / 16 * 8, 2 * group + lane / 8 % 2)};
 }
 
 template <int kM, int kN8>
@@ -239,12 +244,11 @@ __device__ __forceinline__ void multiply_step_nt(float (&acc)[kM][kN8][4],
   }
 }
 
-// acc += A B^T: A (16 kM rows) and B (8 kN8 rows) both stored [row][k], A read at every step. In
-// two halves: unrolled whole, ptxas fetches so many fragments ahead that 32-row warps spill.
-template <class T, int kSteps, int kDim, int kM, int kN8>
+// acc += A B^T: A (16 kM rows) and B (8 kN8 rows) both stored [row][k], A read at every step.
+// Unrolled whole, ptxas fetches so many fragments ahead that kernels close to 255 registers spill.
+template <class T, int kSteps, int kUnroll = kSteps / 2, int kDim, int kM, int kN8>
 __device__ __forceinline__ void multiply_nt(float (&acc)[kM][kN8][4], FragmentAddress<kDim> a,
                                             FragmentAddress<kDim> b) {
-  [[maybe_unused]] constexpr int kUnroll = kSteps / 2;
 #pragma unroll kUnroll
   for (int k = 0; k < kSteps; ++k) {
     uint32_t frag_a[kM][4];
@@ -254,17 +258,9 @@ __device__ __forceinline__ void multiply_nt(float (&acc)[kM][kN8][4], FragmentAd
   }
 }
 
-// The same with A in registers.
-template <class T, int kSteps, int kDim, int kM, int kN8>
-__device__ __forceinline__ void multiply_nt(float (&acc)[kM][kN8][4],
-                                            const FragmentsA<kM, kSteps>& a,
-                                            FragmentAddress<kDim> b) {
-#pragma unroll
-  for (int k = 0; k < kSteps; ++k) multiply_step_nt<T>(acc, a.r[k], b, k);
-}
-
-// acc += A B: A in registers (16 kM rows, 16 kSteps columns), B stored [k][n].
-template <class T, int kSteps, int kDim, int kM, int kN8>
+// acc += A B: A in registers (16 kM rows, 16 kSteps columns), B stored [k][n], of which every
+// kColumnStride-th 16-column group from b's is taken.
+template <class T, int kSteps, int kColumnStride = 1, int kDim, int kM, int kN8>
 __device__ __forceinline__ void multiply_nn(float (&acc)[kM][kN8][4],
                                             const FragmentsA<kM, kSteps>& a,
                                             FragmentAddress<kDim> b) {
@@ -273,7 +269,7 @@ __device__ __forceinline__ void multiply_nn(float (&acc)[kM][kN8][4],
 #pragma unroll
     for (int n = 0; n < kN8 / 2; ++n) {
       uint32_t frag_b[4];
-      ptx::ldmatrix_x4_trans(frag_b, b.at(k * 16, n));
+      ptx::ldmatrix_x4_trans(frag_b, b.at(k * 16, n * kColumnStride));
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         Mma<T>::multiply(acc[m][2 * n], a.r[k][m], frag_b[0], frag_b[1]);
@@ -283,12 +279,36 @@ __device__ __forceinline__ void multiply_nn(float (&acc)[kM][kN8][4],
   }
 }
 
+// acc += A^T B: A stored [k][m], B stored [k][n], both in shared memory and read transposed; B's
+// columns as in multiply_nn.
+template <class T, int kSteps, int kColumnStride, int kDimA, int kDimB, int kM, int kN8>
+__device__ __forceinline__ void multiply_tn(float (&acc)[kM][kN8][4], FragmentAddress<kDimA> a,
+                                            FragmentAddress<kDimB> b) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    uint32_t frag_a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) ptx::ldmatrix_x4_trans(frag_a[m], a.at(k * 16, m));
+#pragma unroll
+    for (int n = 0; n < kN8 / 2; ++n) {
+      uint32_t frag_b[4];
+      ptx::ldmatrix_x4_trans(frag_b, b.at(k * 16, n * kColumnStride));
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        Mma<T>::multiply(acc[m][2 * n], frag_a[m], frag_b[0], frag_b[1]);
+        Mma<T>::multiply(acc[m][2 * n + 1], frag_a[m], frag_b[2], frag_b[3]);
+      }
+    }
+  }
+}
+
 // ---- epilogue ---------------------------------------------------------------------------------
-// Writes 16 * kM rows of accumulators, times a factor per row, into rows row0 .. of a tile.
-template <class T, int kDim, int kM, int kN8>
+// Writes 16 * kM rows of accumulators, times a factor per row, into rows row0 .. of a tile; their
+// columns are the 16-column groups `group`, group + kColumnStride, ...
+template <class T, int kDim, int kColumnStride = 1, int kM, int kN8>
 __device__ __forceinline__ void stage_rows(uint32_t smem_tile, int row0,
                                            const float (&acc)[kM][kN8][4],
-                                           const float (&factor)[kM][2], int lane) {
+                                           const float (&factor)[kM][2], int lane, int group = 0) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -296,7 +316,8 @@ __device__ __forceinline__ void stage_rows(uint32_t smem_tile, int row0,
       const int row = row0 + m * 16 + half * 8 + lane / 4;
 #pragma unroll
       for (int n = 0; n < kN8; ++n) {
-        ptx::store_shared(smem_tile + TileLayout<kDim>::offset(row, n) + lane % 4 * 4,
+        const int chunk = 2 * (group + n / 2 * kColumnStride) + n % 2;
+        ptx::store_shared(smem_tile + TileLayout<kDim>::offset(row, chunk) + lane % 4 * 4,
                           Mma<T>::pack(acc[m][n][2 * half] * factor[m][half],
                                        acc[m][n][2 * half + 1] * factor[m][half]));
       }

@@ -20,7 +20,7 @@ def engines() -> ModuleType:
     kernels = [
         path
         for path in sorted(emulated.CUDA.glob("*.cu"))
-        if path.stem.startswith(("engine", "flash")) and not path.stem.endswith("_sm90")
+        if path.stem != "device_info" and not path.stem.endswith("_sm90")
     ]
     return emulated.load(
         "cuda_engines", [emulated.NATIVE / "cuda_engines.cpp"], kernels, flags=["-I."]
@@ -99,8 +99,8 @@ def _problem(module: ModuleType, q: Tensor, k: Tensor, v: Tensor, o: dict[str, A
         "rows_k": k.shape[0] if k.dim() == 3 else k.shape[0] * k.shape[1],
         "seqlen_q": seqlen_q,
         "seqlen_k": seqlen_k,
-        "window_left": -1 if left is None else left,
-        "window_right": -1 if right is None else right,
+        "window_left": -1 if left is None else min(left, 2**30),
+        "window_right": -1 if right is None else min(right, 2**30),
         "scale": head_dim**-0.5 if scale is None else scale,
         "softcap": o.get("softcap", 0.0),
         "alibi_batch_stride": slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
@@ -160,3 +160,43 @@ def forward(
     workspace = module.allocate(workspace_bytes, "workspace") if workspace_bytes else 0
     assert module.forward(which, problem, workspace) == 0, module.reports()
     return _finish(module, Result(out, lse))
+
+
+def backward(
+    algorithm: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    *,
+    dlse: Tensor | None = None,
+    deterministic: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Result:
+    """Runs the backward on a forward's results. Gradients start as NaN."""
+    module = engines()
+    module.reset()
+    module.configure(seed=seed)
+    problem = _problem(module, q, k, v, options)
+    for name, t in (("out", out), ("lse", lse), ("dout", dout), ("dlse", dlse)):
+        _address(module, t, name)
+    problem |= {"out": _view(out), "lse": _row_stats(lse)}
+    problem |= {"dout": _view(dout), "dlse": _row_stats(dlse), "deterministic": deterministic}
+    result = Result(out, lse)
+    for name, t in (("dq", q), ("dk", k), ("dv", v)):
+        gradient = torch.full(t.shape, float("nan"), dtype=t.dtype)
+        _address(module, gradient, name, writable=True)
+        problem[name] = _view(gradient)
+        setattr(result, name, gradient)
+    if options.get("sinks") is not None:
+        result.dsinks = torch.full_like(options["sinks"], float("nan"))
+    problem["dsinks"] = _address(module, result.dsinks, "dsinks", writable=True)
+    which = getattr(module.Algorithm, algorithm)
+    assert module.supports_backward(which, problem, 80) is None
+    workspace_bytes = module.backward_workspace_bytes(which, problem)
+    workspace = module.allocate(workspace_bytes, "workspace") if workspace_bytes else 0
+    assert module.backward(which, problem, workspace) == 0, module.reports()
+    return _finish(module, result)

@@ -1,22 +1,10 @@
-// Rows that belong to an output tensor and to no sequence: beyond seqused, before leftpad_k, behind
-// the last entry of cu_seqlens. Kernels never visit them, and no element of an output may be left
-// unset: here they become 0, and their LSE -inf.
-#pragma once
-
+// Clears the rows of an output that belong to no sequence: see unused_rows.h.
 #include "../core/online_softmax.h"
 #include "launch.h"
+#include "unused_rows.h"
 
 namespace fal::cuda {
-
-struct UnusedRowsArgs {
-  Lengths lengths;
-  int32_t batch;
-  int64_t rows_total;  // of the tensor, over all batch entries
-  AnyView tensor;      // of 16-bit elements
-  int32_t dim;
-  RowStats lse;  // data null when there is none
-  bool of_keys;  // rows are keys, not queries
-};
+namespace {
 
 struct UnusedRows {
   int64_t first_row;  // within the view, of what `before` and `after` count from
@@ -54,8 +42,9 @@ __global__ void __launch_bounds__(128)
   }
 }
 
-inline cudaError_t fill_unused_rows(const UnusedRowsArgs& args, int32_t heads,
-                                    cudaStream_t stream) {
+}  // namespace
+
+cudaError_t fill_unused_rows(const UnusedRowsArgs& args, int32_t heads, cudaStream_t stream) {
   const Lengths& l = args.lengths;
   const bool may_exist =
       args.of_keys ? l.cu_seqlens_k || l.seqused_k || l.leftpad_k : l.cu_seqlens_q || l.seqused_q;
@@ -65,7 +54,7 @@ inline cudaError_t fill_unused_rows(const UnusedRowsArgs& args, int32_t heads,
   return launch(fill_unused_rows_kernel, grid, 128, 0, stream, args);
 }
 
-inline cudaError_t fill_unused_query_rows(const ForwardProblem& p, cudaStream_t stream) {
+cudaError_t fill_unused_query_rows(const ForwardProblem& p, cudaStream_t stream) {
   return fill_unused_rows({p.lengths, p.shape.batch, p.shape.rows_q, p.out, p.shape.head_dim_v,
                            p.lse, /*of_keys=*/false},
                           p.shape.heads_q, stream);

@@ -1,0 +1,352 @@
+// FlashAttention-2, backward (Dao, 2023, algorithm 2):
+//
+//   P = exp(scale Q K^T - LSE)    dV = P^T dO     dP = dO V^T
+//   dS = P * (dP - delta)         dK = scale dS^T Q     dQ = scale dS K
+//
+// with delta = rowsum(dO * O) - dLSE from backward_pieces.cu. One thread block computes dK and dV
+// of kTileN keys of one K/V head, in registers, and passes over the tiles of query rows that see
+// them, for each query head of the group in turn: a group's sum needs no second pass and no
+// atomics. dQ is summed in device memory, or left to flash2_backward_rows.cuh when bits must
+// repeat.
+//
+// The scores are computed transposed: a warp has 16 keys, so the accumulators of S^T and dP^T,
+// packed, are the A operands of dV and dK. Where that takes too many registers (kWideTile is false)
+// two warps share 16 keys: each does half of the rows of S^T, then all rows for half of the columns
+// of dK and dV, and P^T passes through shared memory between.
+//
+// Shared memory:  K V [kTileN][kHeadDim] | kStages of Q, dO [kTileM][kHeadDim] and LSE, delta
+//                 [kTileM] | dS^T (P^T) [kTileN][kTileM]
+#pragma once
+
+#include "../core/dispatch.h"
+#include "../core/kv.h"
+#include "../core/tiles.h"
+#include "alignment.h"
+#include "backward_pieces.cuh"
+#include "flash2.h"
+#include "launch.h"
+#include "softmax.cuh"
+
+namespace fal::cuda {
+
+template <class T, int kHeadDim_, class ScoreMod_>
+struct Flash2BackwardConfig {
+  using Element = T;
+  using ScoreMod = ScoreMod_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static_assert(kHeadDim % 64 == 0 && kHeadDim <= 256, "the swizzle's unit; the register file");
+
+  static constexpr int kTileM = kBackwardRows;
+  // With 16 keys a warp, dK and dV take kHeadDim registers a thread: at 128 they fit beside plain
+  // scores, beside modified ones they do not.
+  static constexpr bool kWideTile = kHeadDim <= (ScoreMod::kGeneral ? 64 : 128);
+  static constexpr int kTileN = kWideTile ? 128 : 64;
+  static constexpr int kWarps = 8;
+  static constexpr int kThreads = kWarps * kWarpSize;
+  static constexpr int kWarpsK = kTileN / 16;               // warps over the keys
+  static constexpr int kWarpsD = kWarps / kWarpsK;          // warps that share 16 keys
+  static constexpr int kRowsOfWarp = kTileM / kWarpsD;      // query rows of a warp's S^T
+  static constexpr int kColumns8 = kHeadDim / 8 / kWarpsD;  // 8-column groups of dK and dV
+  static_assert(kWarpsD == 1 || kWarpsD == 2, "P^T is exchanged between pairs");
+  // Loads of the next tile run under this one's products; at 256 there is no room for a second.
+  static constexpr int kStages = kHeadDim <= 192 ? 2 : 1;
+  static_assert(kThreads == DqTile<kHeadDim>::kThreads, "dQ's sums are laid out for this block");
+};
+
+template <class Config>
+struct Flash2BackwardSmem {
+  using Element = typename Config::Element;
+  struct Stage {
+    Element q[Config::kTileM][Config::kHeadDim];
+    Element dout[Config::kTileM][Config::kHeadDim];
+    float lse[Config::kTileM], delta[Config::kTileM];
+  };
+  alignas(128) Element k[Config::kTileN][Config::kHeadDim];  // dK in the end
+  alignas(128) Element v[Config::kTileN][Config::kHeadDim];  // dV in the end
+  alignas(128) Stage stage[Config::kStages];
+  alignas(128) Element ds[Config::kTileN][Config::kTileM];
+  alignas(128) Element p[Config::kWarpsD == 1 ? 0 : Config::kTileN][Config::kTileM];
+};
+
+// Walks the tiles of rows of every query head of a group: the same tiles for each.
+struct GroupTiles {
+  DenseTilesOfKeys tiles;
+  int32_t first_begin, head, head_end;
+
+  __device__ __forceinline__ static GroupTiles make(const DenseTilesOfKeys& tiles, int head,
+                                                    int head_end) {
+    return {tiles, tiles.next_begin, head, tiles.count() > 0 ? head_end : head};
+  }
+  // Also the head that the tile is of.
+  __device__ __forceinline__ bool next(Tile* tile, int* tile_head) {
+    if (head == head_end) return false;
+    tiles.next(tile);
+    *tile_head = head;
+    if (tiles.next_begin >= tiles.end) {
+      tiles.next_begin = first_begin;
+      ++head;
+    }
+    return true;
+  }
+};
+
+// What turns S^T and dP^T into P^T (dropped and rescaled, for dV) and dS^T, element by element.
+// Accumulator (n, e) is key e / 2 * 8 + g and row n * 8 + 2c + e % 2 of the warp's tile.
+template <class ScoreMod>
+struct Flash2BackwardScores {
+  ScoreMod mod;
+  Dropout dropout;
+  uint32_t batch_head;
+  float scale, keep_scale;
+
+  template <int kN8>
+  __device__ __forceinline__ void apply(float (&s)[1][kN8][4], float (&dp)[1][kN8][4],
+                                        uint32_t smem_lse, uint32_t smem_delta, const Band& band,
+                                        bool masked, int row, int key, int lane) const {
+    // The transposed fragment has two rows and two keys of 16 x 16 elements, which lie in two of
+    // Philox's blocks: half of each block's draws are other lanes'.
+    PhiloxBits bits[2] = {};
+    Range rows[2];  // that see the lane's two keys, from `row` on
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int j = key + half * 8;
+      rows[half] = j < band.seqlen_k ? band.rows_of_any({j, j + 1}) : Range{0, 0};
+      rows[half] = masked ? Range{rows[half].begin - row, rows[half].end - row} : Range{0, kN8 * 8};
+    }
+#pragma unroll
+    for (int n = 0; n < kN8; ++n) {
+      const uint32_t offset = (n * 8 + lane % 4 * 2) * sizeof(float);
+      const float2 lse2 = ptx::load_shared<float2>(smem_lse + offset);
+      const float2 delta2 = ptx::load_shared<float2>(smem_delta + offset);
+      const float lse[2] = {lse2.x, lse2.y}, delta[2] = {delta2.x, delta2.y};
+      if (ScoreMod::kGeneral && dropout.threshold && n % 2 == 0) {
+        bits[0] = dropout.block(batch_head, row + n * 8, key);
+        bits[1] = dropout.block(batch_head, row + n * 8 + 1, key);
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int i = n * 8 + e % 2;
+        float log2_p = s[0][n][e] * scale, derivative = 1.f;
+        if constexpr (ScoreMod::kGeneral) {
+          derivative = mod.derivative(log2_p);
+          log2_p = mod.value(log2_p, row + i, key + e / 2 * 8, 0.f) * kLog2e;
+        }
+        float p = ptx::ex2(log2_p - lse[e % 2]);
+        if (!rows[e / 2].contains(i)) p = 0.f;
+        float dp_dropped = dp[0][n][e], p_dropped = p;
+        if constexpr (ScoreMod::kGeneral) {
+          const uint32_t word = bits[e % 2].word[n % 2 * 2 + e / 2];
+          const bool keep = (word >> (16 * (key & 1)) & 0xffffu) >= dropout.threshold;
+          dp_dropped = keep ? dp_dropped * keep_scale : 0.f;
+          p_dropped = keep ? p * keep_scale : 0.f;
+        }
+        s[0][n][e] = p_dropped;
+        dp[0][n][e] = p * (dp_dropped - delta[e % 2]) * derivative;
+      }
+    }
+  }
+};
+
+// Writes packed accumulators of 16 keys, as P^T or dS^T, into a [key][row] tile.
+template <int kTileM, int kSteps>
+__device__ __forceinline__ void store_transposed(uint32_t smem_tile, int key, int row,
+                                                 const FragmentsA<1, kSteps>& frag, int lane) {
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+      const uint32_t offset =
+          TileLayout<kTileM>::offset(key + r % 2 * 8 + lane / 4, row / 8 + 2 * k + r / 2);
+      ptx::store_shared(smem_tile + offset + lane % 4 * 4, frag.r[k][0][r]);
+    }
+  }
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    flash2_backward_kernel(const __grid_constant__ BackwardArgs args) {
+  using T = typename Config::Element;
+  using ScoreMod = typename Config::ScoreMod;
+  using Smem = Flash2BackwardSmem<Config>;
+  using Dq = DqTile<Config::kHeadDim>;
+  constexpr int kDim = Config::kHeadDim, kTileM = Config::kTileM, kTileN = Config::kTileN;
+  constexpr int kThreads = Config::kThreads, kN8 = Config::kRowsOfWarp / 8;
+  constexpr bool kGeneral = ScoreMod::kGeneral, kExchange = Config::kWarpsD > 1;
+  const BackwardProblem& problem = args.problem;
+  const ForwardProblem& forward = problem.forward;
+  const Shape& shape = forward.shape;
+
+  const int head_k = blockIdx.y, b = blockIdx.z, group = shape.heads_q / shape.heads_k;
+  const Sequence seq = forward.lengths.sequence(b);
+  const int key_begin = blockIdx.x * kTileN;
+  const Range keys{key_begin, min(key_begin + kTileN, seq.seqlen_k)};
+  if (keys.empty()) return;
+
+  FAL_DYNAMIC_SMEM(smem_bytes);
+  const uint32_t smem = ptx::smem_address(smem_bytes);
+  const uint32_t smem_k = smem + offsetof(Smem, k), smem_v = smem + offsetof(Smem, v);
+  const uint32_t smem_ds = smem + offsetof(Smem, ds), smem_p = smem + offsetof(Smem, p);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int warp_key = warp / Config::kWarpsD * 16, share = warp % Config::kWarpsD;
+  const int warp_row = share * Config::kRowsOfWarp;
+
+  const Band band = Band::make(seq.seqlen_q, seq.seqlen_k, forward.window);
+  const View<const T> q = forward.q.as<const T>(), dout = problem.dout.as<const T>();
+  const BackwardWorkspace& workspace = args.workspace;
+  const int64_t first_tile = workspace.first_tile(forward.lengths, b);
+  const auto smem_stage = [&](int stage) {
+    return smem + static_cast<uint32_t>(offsetof(Smem, stage)) +
+           stage * static_cast<uint32_t>(sizeof(typename Smem::Stage));
+  };
+  const auto load_rows = [&](int stage, const Tile& tile, int h) {
+    const uint32_t to = smem_stage(stage);
+    const int64_t row = seq.row_q + tile.range.begin;
+    load_tile<T, kDim, kTileM, kThreads, kGeneral>(
+        to + offsetof(typename Smem::Stage, q), {0, tile.range.size()}, shape.head_dim,
+        args.aligned, StridedRows<T>{q.at(b, row, h), q.row});
+    load_tile<T, kDim, kTileM, kThreads, kGeneral>(
+        to + offsetof(typename Smem::Stage, dout), {0, tile.range.size()}, shape.head_dim_v,
+        args.aligned, StridedRows<T>{dout.at(b, row, h), dout.row});
+    constexpr int kChunks = kTileM * sizeof(float) / 16;  // of LSE, then of delta
+    if (threadIdx.x < 2 * kChunks) {
+      const float* from = threadIdx.x < kChunks ? workspace.lse : workspace.delta;
+      const int64_t offset = workspace.stats_offset(first_tile + tile.range.begin / kTileM, h);
+      ptx::cp_async_16(to + offsetof(typename Smem::Stage, lse) + threadIdx.x * 16,
+                       from + offset + threadIdx.x % kChunks * 4);
+    }
+  };
+
+  GroupTiles cursor = GroupTiles::make(DenseTilesOfKeys::make(band, keys, kTileM), head_k * group,
+                                       (head_k + 1) * group);
+  Tile tile, next;
+  int h = 0, next_h = 0;
+  bool more = cursor.next(&tile, &h);
+  if (more) {
+    const ContiguousKv<T> kv = ContiguousKv<T>::make(forward.kv, seq, b, head_k);
+    load_tile<T, kDim, kTileN, kThreads, kGeneral>(
+        smem_k, {0, keys.size()}, shape.head_dim, args.aligned,
+        StridedRows<T>{kv.k_row(keys.begin), kv.k_stride});
+    load_tile<T, kDim, kTileN, kThreads, kGeneral>(
+        smem_v, {0, keys.size()}, shape.head_dim_v, args.aligned,
+        StridedRows<T>{kv.v_row(keys.begin), kv.v_stride});
+    load_rows(0, tile, h);
+  }
+  ptx::cp_async_commit();
+
+  const Dropout dropout{forward.score.dropout_seed, forward.score.dropout_threshold};
+  float acc_dk[1][Config::kColumns8][4], acc_dv[1][Config::kColumns8][4];
+  clear(acc_dk);
+  clear(acc_dv);
+  int stage = 0;
+
+  while (more) {
+    // This tile has landed, and every warp is done with the last one's buffers and dS.
+    ptx::cp_async_wait<0>();
+    __syncthreads();
+    more = cursor.next(&next, &next_h);
+    if (Config::kStages == 2 && more) load_rows(stage ^ 1, next, next_h);
+    ptx::cp_async_commit();
+    const uint32_t smem_q = smem_stage(stage) + offsetof(typename Smem::Stage, q);
+    const uint32_t smem_dout = smem_stage(stage) + offsetof(typename Smem::Stage, dout);
+    const uint32_t smem_lse = smem_stage(stage) + offsetof(typename Smem::Stage, lse);
+
+    float acc_s[1][kN8][4], acc_dp[1][kN8][4];
+    clear(acc_s);
+    clear(acc_dp);
+    multiply_nt<T, kDim / 16, 2>(acc_s, address_rows_first<kDim>(smem_k, warp_key, lane),
+                                 address_columns_first<kDim>(smem_q, warp_row, lane));
+    multiply_nt<T, kDim / 16, 2>(acc_dp, address_rows_first<kDim>(smem_v, warp_key, lane),
+                                 address_columns_first<kDim>(smem_dout, warp_row, lane));
+
+    const Flash2BackwardScores<ScoreMod> scores{
+        make_score_mod<ScoreMod>(forward.score, b, h, band.shift()), dropout,
+        static_cast<uint32_t>(b * shape.heads_q + h),
+        kGeneral ? forward.score.scale : forward.score.scale * kLog2e,
+        dropout.threshold ? dropout.keep_scale() : 1.f};
+    // Zeros behind the last key have scores too: exp(0 - LSE) may be anything.
+    const bool masked = tile.kind == TileKind::kPartial || keys.size() < kTileN;
+    scores.apply(acc_s, acc_dp, smem_lse + warp_row * sizeof(float),
+                 smem_lse + (kTileM + warp_row) * sizeof(float), band, masked,
+                 tile.range.begin + warp_row + lane % 4 * 2, keys.begin + warp_key + lane / 4,
+                 lane);
+    FragmentsA<1, kN8 / 2> frag_p, frag_ds;
+    pack_fragments<T>(frag_p, acc_s);
+    pack_fragments<T>(frag_ds, acc_dp);
+    store_transposed<kTileM>(smem_ds, warp_key, warp_row, frag_ds, lane);
+    if constexpr (kExchange) {
+      store_transposed<kTileM>(smem_p, warp_key, warp_row, frag_p, lane);
+    } else {
+      multiply_nn<T, kTileM / 16>(acc_dv, frag_p, address_rows_first<kDim>(smem_dout, 0, lane));
+      multiply_nn<T, kTileM / 16>(acc_dk, frag_ds, address_rows_first<kDim>(smem_q, 0, lane));
+    }
+    __syncthreads();  // dS^T (and P^T) of all keys and rows is there
+    if constexpr (kExchange) {
+      FragmentsA<1, kTileM / 16> frag;
+      load_fragments(frag, address_rows_first<kTileM>(smem_p, warp_key, lane));
+      multiply_nn<T, kTileM / 16, Config::kWarpsD>(
+          acc_dv, frag, address_rows_first<kDim>(smem_dout, 0, lane, share));
+      load_fragments(frag, address_rows_first<kTileM>(smem_ds, warp_key, lane));
+      multiply_nn<T, kTileM / 16, Config::kWarpsD>(
+          acc_dk, frag, address_rows_first<kDim>(smem_q, 0, lane, share));
+    }
+    if (workspace.dq) {
+      float acc_dq[Dq::kM][Dq::kN8][4];
+      clear(acc_dq);
+      multiply_tn<T, kTileN / 16, Dq::kWarpsN>(
+          acc_dq, address_columns_first<kTileM>(smem_ds, 0, lane, warp / Dq::kWarpsN * Dq::kM),
+          address_rows_first<kDim>(smem_k, 0, lane, warp % Dq::kWarpsN));
+      float* sums = workspace.dq_tile(first_tile + tile.range.begin / kTileM, h);
+#pragma unroll
+      for (int m = 0; m < Dq::kM; ++m) {
+#pragma unroll
+        for (int n = 0; n < Dq::kN8; ++n) Dq::add(sums, m * Dq::kN8 + n, acc_dq[m][n]);
+      }
+    }
+    if constexpr (Config::kStages == 1) {
+      __syncthreads();  // nobody reads Q and dO any more
+      if (more) load_rows(0, next, next_h);
+      ptx::cp_async_commit();
+    } else {
+      stage ^= 1;
+    }
+    tile = next;
+    h = next_h;
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // nobody reads K and V any more
+
+  const float dk_factor[1][2] = {{forward.score.scale, forward.score.scale}};
+  const float dv_factor[1][2] = {{1.f, 1.f}};
+  stage_rows<T, kDim, Config::kWarpsD>(smem_k, warp_key, acc_dk, dk_factor, lane, share);
+  stage_rows<T, kDim, Config::kWarpsD>(smem_v, warp_key, acc_dv, dv_factor, lane, share);
+  __syncthreads();
+  const View<T> dk = problem.dk.as<T>(), dv = problem.dv.as<T>();
+  const int64_t row_k = seq.row_k + keys.begin;
+  store_rows<T, kDim, kTileN, kThreads>(smem_k, 0, keys.size(), shape.head_dim, args.aligned,
+                                        threadIdx.x,
+                                        [&](int r) { return dk.at(b, row_k + r, head_k); });
+  store_rows<T, kDim, kTileN, kThreads>(smem_v, 0, keys.size(), shape.head_dim_v, args.aligned,
+                                        threadIdx.x,
+                                        [&](int r) { return dv.at(b, row_k + r, head_k); });
+}
+
+// ---- launcher -----------------------------------------------------------------------------------
+template <class T>
+cudaError_t flash2_backward_columns_of(const BackwardArgs& args, cudaStream_t stream) {
+  const ForwardProblem& forward = args.problem.forward;
+  const bool plain = forward.score.plain() && forward.score.scale > 0.f && args.aligned;
+  cudaError_t error = cudaErrorInvalidValue;
+  dispatch_int<64, 128, 192, 256>(args.workspace.padded_dim, [&](auto dim) {
+    const auto run = [&](auto mod) {
+      using Config = Flash2BackwardConfig<T, dim.value, decltype(mod)>;
+      const dim3 grid(ceil_div(forward.lengths.seqlen_k, Config::kTileN), forward.shape.heads_k,
+                      forward.shape.batch);
+      error = launch(flash2_backward_kernel<Config>, grid, Config::kThreads,
+                     sizeof(Flash2BackwardSmem<Config>), stream, args);
+    };
+    plain ? run(NoScoreMod{}) : run(GeneralScoreMod{});
+  });
+  return error;
+}
+
+}  // namespace fal::cuda
