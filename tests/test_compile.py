@@ -1,0 +1,182 @@
+"""torch.compile, torch.export and opcheck. The "aot_eager" backend traces, functionalises and
+partitions as inductor does, without its code generation, which one test adds."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashattn_lite import _ops, attention, flash_attn_func, flash_attn_varlen_func
+from flashattn_lite.testing import EDGE_CASES, Case, make_inputs
+
+CASES = [
+    Case("plain"),
+    Case("causal", causal=True, dtype=torch.bfloat16),
+    Case("varlen", ((3, 3), (0, 4), (40, 10)), "varlen", causal=True),
+    Case("seqused", ((3, 9), (9, 30)), "seqused", window=(4, 0)),
+    Case("modified", softcap=3.0, alibi="heads", sinks=True, bias="broadcast"),
+    next(c for c in EDGE_CASES if c.name == "everything"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def run(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    out, lse = attention(*tensors, **options, return_lse=True)
+    return out * 2, lse + 1
+
+
+def leaves_of(case: Case) -> tuple[list[Tensor], dict[str, Any], list[Tensor]]:
+    inputs = make_inputs(case)
+    differentiable = [inputs.q, inputs.k, inputs.v]
+    differentiable += [inputs.options[n] for n in ("sinks", "bias") if n in inputs.options]
+    for t in differentiable:
+        t.nan_to_num_(0.0).requires_grad_()
+    return [inputs.q, inputs.k, inputs.v], inputs.options, differentiable
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fullgraph_with_gradients(case: Case) -> None:
+    tensors, options, leaves = leaves_of(case)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (run, compiled):
+        out, lse = function(*tensors, **options)
+        loss = out.float().square().sum() + torch.where(lse.isfinite(), lse, 0.0).sum()
+        results.append((out, lse, *torch.autograd.grad(loss, leaves)))
+    for eager, traced in zip(*results, strict=True):
+        assert torch.equal(eager, traced)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_dynamic_shapes_do_not_recompile(grad: bool) -> None:
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda q, k, v: flash_attn_func(q, k, v, causal=True),
+        fullgraph=True,
+        dynamic=True,
+        backend=counter,
+    )
+    for batch, seqlen_q, seqlen_k in ((2, 5, 9), (3, 8, 17), (4, 31, 11)):
+        q, k, v = (
+            torch.randn(batch, n, 2, 8, requires_grad=grad) for n in (seqlen_q, seqlen_k, seqlen_k)
+        )
+        out = compiled(q, k, v)
+        expected = flash_attn_func(q, k, v, causal=True)
+        assert torch.equal(out, expected)
+        if grad:
+            for a, b in zip(
+                torch.autograd.grad(out.sum(), (q, k, v)),
+                torch.autograd.grad(expected.sum(), (q, k, v)),
+                strict=True,
+            ):
+                assert torch.equal(a, b)
+    assert counter.frame_count == 1
+
+
+def test_dynamic_varlen() -> None:
+    compiled = torch.compile(
+        flash_attn_varlen_func, fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for lengths in ([3, 5], [7, 1], [4, 20]):
+        cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        q = torch.randn(sum(lengths), 2, 8)
+        arguments = (q, q, q, cu, cu, max(lengths), max(lengths))
+        assert torch.equal(compiled(*arguments), flash_attn_varlen_func(*arguments))
+
+
+def test_dropout_under_compile_follows_torch_seed() -> None:
+    q = torch.randn(1, 40, 2, 8)
+    compiled = torch.compile(
+        lambda t: flash_attn_func(t, t, t, dropout_p=0.3), fullgraph=True, backend="aot_eager"
+    )
+    torch.manual_seed(7)
+    first, second = compiled(q), compiled(q)
+    torch.manual_seed(7)
+    assert torch.equal(compiled(q), first) and not torch.equal(first, second)
+    torch.manual_seed(7)
+    assert torch.equal(flash_attn_func(q, q, q, dropout_p=0.3), first)
+
+
+def test_inductor() -> None:
+    """Code generation and all: needs a C++ compiler at run time, as the build did."""
+    q, k, v = (torch.randn(2, 9, 2, 8, requires_grad=True) for _ in range(3))
+    compiled = torch.compile(
+        lambda *t: flash_attn_func(*(x * 1.5 for x in t), causal=True).relu(), fullgraph=True
+    )
+    out = compiled(q, k, v)
+    expected = flash_attn_func(q * 1.5, k * 1.5, v * 1.5, causal=True).relu()
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.sum(), (q, k, v)),
+        torch.autograd.grad(expected.sum(), (q, k, v)),
+    )
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_with_a_dynamic_batch_and_length(strict: bool) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v, causal=True, window=(7, None))
+
+    example = tuple(torch.randn(2, n, 2, 8) for n in (6, 9, 9))
+    batch, rows, keys = (torch.export.Dim(n, min=2, max=64) for n in ("batch", "rows", "keys"))
+    shapes = ({0: batch, 1: rows}, {0: batch, 1: keys}, {0: batch, 1: keys})
+    program = torch.export.export(Model(), example, dynamic_shapes=shapes, strict=strict)
+    other = tuple(torch.randn(3, n, 2, 8) for n in (11, 5, 5))
+    assert torch.equal(program.module()(*other), Model()(*other))
+
+
+def operator_arguments(case: Case) -> tuple[Any, ...]:
+    inputs = make_inputs(case)
+    o = inputs.options
+    names = _ops.FORWARD_ARGUMENTS[3:17]
+    scale = o["softmax_scale"] or case.head_dim**-0.5
+    left, right = (-1 if side is None else side for side in case.window)
+    longest = inputs.q.shape[1], inputs.k.shape[1]
+    lengths = {"max_seqlen_q": longest[0], "max_seqlen_k": longest[1]} | o
+    return (
+        *(inputs.q, inputs.k, inputs.v, *(lengths.get(n) for n in names)),
+        *(scale, case.softcap, left, 0 if case.causal else right, case.dropout_p),
+    )
+
+
+# Autograd is an autograd.Function around the raw operators, so no kernel of theirs is for autograd.
+OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_opcheck(case: Case) -> None:
+    arguments = operator_arguments(case)
+    inputs = make_inputs(case)
+    torch.library.opcheck(_ops.forward, (*arguments, "auto"), test_utils=OPCHECKS)
+    out, lse = _ops.forward(*arguments, "auto")
+    q, k, v, *options = arguments
+    for dlse in (None, inputs.dlse):
+        torch.library.opcheck(
+            _ops.backward,
+            (
+                *(inputs.dout, dlse, q, k, v, out, lse, *options),
+                *(False, case.sinks, bool(case.bias), "auto"),
+            ),
+            test_utils=OPCHECKS,
+        )
+
+
+def test_opcheck_of_the_plain_operator() -> None:
+    q, k, v = (torch.randn(2, n, 2, 8) for n in (5, 7, 7))
+    torch.library.opcheck(_ops.forward_plain, (q, k, v, 0.3, -1, 0), test_utils=OPCHECKS)
+
+
+def test_fakes_have_the_shapes_of_the_real_ones() -> None:
+    with torch._subclasses.FakeTensorMode():
+        q, k, v = torch.empty(2, 5, 4, 8), torch.empty(2, 7, 2, 8), torch.empty(2, 7, 2, 16)
+        out, lse = attention(q, k, v, return_lse=True)
+    assert out.shape == (2, 5, 4, 16) and lse.shape == (2, 4, 5) and lse.dtype == torch.float32
