@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor
 
 from flashattn_lite import _ops, attention, flash_attn_func, flash_attn_varlen_func
@@ -66,7 +67,7 @@ def test_dynamic_shapes_do_not_recompile(grad: bool) -> None:
     )
     for batch, seqlen_q, seqlen_k in ((2, 5, 9), (3, 8, 17), (4, 31, 11)):
         q, k, v = (
-            torch.randn(batch, n, 2, 8, requires_grad=grad) for n in (seqlen_q, seqlen_k, seqlen_k)
+            torch.randn(batch, n, 6, 8, requires_grad=grad) for n in (seqlen_q, seqlen_k, seqlen_k)
         )
         out = compiled(q, k, v)
         expected = flash_attn_func(q, k, v, causal=True)
