@@ -26,9 +26,10 @@ struct BackwardScratch {
   // A score tile [key][kScoreStride].
   float *p, *ds, *bend, *bias;
   int32_t* keep;
+  bool k_finite, q_finite, dout_finite;  // of the block and of the tile that are packed
 
   FAL_INLINE static BackwardScratch place(ScratchCursor* cursor, const BackwardProblem& problem,
-                                          int block_keys) {
+                                          int block_keys, int) {
     const ForwardProblem& f = problem.forward;
     const int dim = round_up(f.shape.head_dim, kPanel),
               dim_v = round_up(f.shape.head_dim_v, kPanel);
@@ -48,13 +49,13 @@ struct BackwardScratch {
     s.bend = f.score.softcap > 0.f ? cursor->take<float>(kTileKeys * kScoreStride) : nullptr;
     s.bias = f.score.bias.data ? cursor->take<float>(kTileRows * kTileKeys) : nullptr;
     s.keep = f.score.dropout_threshold ? cursor->take<int32_t>(kTileKeys * kScoreStride) : nullptr;
+    s.k_finite = s.q_finite = s.dout_finite = true;
     return s;
   }
 };
 
 struct BackwardTile {
   const BackwardPlan* plan;
-  const BackwardScratch* scratch;
   Band band;
   Range rows;   // the query tile
   Range block;  // the key block
@@ -63,50 +64,56 @@ struct BackwardTile {
   PanelScoreMod mod;
   Dropout dropout;
   const float *lse, *delta;  // of the tile's rows: base-2 LSE (+inf for an empty row), delta
-  bool k_finite, q_finite, dout_finite;
-};
 
-// From S^T and dP^T of one panel to P^T (dropped and scaled where dropout says so) and dS^T.
-static FAL_NOINLINE void gradient_panel(const BackwardTile& t, int panel_row, PanelRange range,
-                                        const PanelMask& mask) {
-  const BackwardScratch& s = *t.scratch;
-  // Padded lanes have lse +inf: P = 0.
-  Float lse[kVectors], delta[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    const int row = panel_row + v * kLanes, rows = t.rows.size();
-    const bool whole = row + kLanes <= rows;
-    lse[v] = whole ? load(t.lse + row) : load_first(t.lse + row, max_int(0, rows - row));
-    delta[v] = whole ? load(t.delta + row) : load_first(t.delta + row, max_int(0, rows - row));
-    if (!whole) {
-      lse[v] = select(less(iota(), set1(rows - row)), lse[v], set1(FAL_INFINITY));
+  // Of a panel's lanes; padded ones have lse +inf, so that P = 0.
+  FAL_INLINE void load_stats(int panel_row, Float (&lse_of_lane)[kVectors],
+                             Float (&delta_of_lane)[kVectors]) const {
+    for (int v = 0; v < kVectors; ++v) {
+      const int row = panel_row + v * kLanes, left = max_int(0, rows.size() - row);
+      const bool whole = left >= kLanes;
+      lse_of_lane[v] = whole ? load(lse + row) : load_first(lse + row, left);
+      delta_of_lane[v] = whole ? load(delta + row) : load_first(delta + row, left);
+      if (!whole) {
+        lse_of_lane[v] = select(less(iota(), set1(left)), lse_of_lane[v], set1(FAL_INFINITY));
+      }
     }
   }
+};
+
+// From S^T (in `p`, base 2) and dP^T (in `ds`) of one panel to P^T (dropped and scaled where
+// dropout says so) and dS^T. All are [key - range.begin][kStride], lanes from panel_row on.
+template <int kStride>
+static FAL_NOINLINE void gradient_panel(const BackwardTile& t, int panel_row, PanelRange range,
+                                        const PanelMask& mask, float* p_panel, float* ds_panel,
+                                        const int32_t* keep_panel) {
+  Float lse[kVectors], delta[kVectors];
+  t.load_stats(panel_row, lse, delta);
   const Float keep_scale = set1(t.dropout.keep_scale());
   for (int r = range.begin; r < range.end; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      const int at = r * kScoreStride + panel_row + v * kLanes;
-      Float p = exp2(load(s.p + at) - lse[v]);
-      Float dp = load(s.ds + at);
+      const int at = (r - range.begin) * kStride + v * kLanes;
+      Float p = exp2(load(p_panel + at) - lse[v]);
+      Float dp = load(ds_panel + at);
       if (range.masked) p = keep(mask.visible(v, r), p);
       Float p_dropped = p;
-      if (s.keep) {
-        const Int kept = load(s.keep + at);
+      if (keep_panel) {
+        const Int kept = load(keep_panel + at);
         dp = keep_bits(kept, dp) * keep_scale;
         p_dropped = keep_bits(kept, p) * keep_scale;
       }
       Float ds = p * (dp - delta[v]);
       if (range.masked) ds = keep(mask.visible(v, r), ds);
-      store(s.p + at, p_dropped);
-      store(s.ds + at, ds);
+      store(p_panel + at, p_dropped);
+      store(ds_panel + at, ds);
     }
   }
 }
 
-// dS^T of one panel -> the bias gradient, then through the softcap.
+// dS^T of one panel -> the bias gradient, then through the softcap. Laid out as above.
+template <int kStride>
 static FAL_NOINLINE void finish_scores(const BackwardTile& t, int panel_row, Range keys,
-                                       PanelRange range) {
-  const BackwardScratch& s = *t.scratch;
+                                       PanelRange range, float* ds, const float* bend) {
   const Bias& dbias = t.plan->problem.dbias;
   if (dbias.data) {
     dispatch_element(dbias.dtype, [&](auto element) {
@@ -115,25 +122,24 @@ static FAL_NOINLINE void finish_scores(const BackwardTile& t, int panel_row, Ran
       for (int i = panel_row; i < min_int(panel_row + kPanel, t.rows.size()); ++i) {
         T* row = base + (t.rows.begin + i) * dbias.row + keys.begin * dbias.col;
         for (int r = range.begin; r < min_int(range.end, keys.size()); ++r) {
-          store_one(row + r * dbias.col, s.ds[r * kScoreStride + i]);
+          store_one(row + r * dbias.col, ds[(r - range.begin) * kStride + i - panel_row]);
         }
       }
     });
   }
-  if (!s.bend) return;
-  for (int r = range.begin; r < range.end; ++r) {
+  if (!bend) return;
+  for (int r = 0; r < range.end - range.begin; ++r) {
     for (int v = 0; v < kPanel; v += kLanes) {
-      const int at = r * kScoreStride + panel_row + v;
-      store(s.ds + at, load(s.ds + at) * load(s.bend + at));
+      const int at = r * kStride + v;
+      store(ds + at, load(ds + at) * load(bend + at));
     }
   }
 }
 
 // The five products of one (query tile, key tile). `offset` is the key tile's place in the key
 // block.
-static FAL_NOINLINE void backward_tile(const BackwardTile& t, Range keys, int offset, bool partial,
-                                       bool first) {
-  const BackwardScratch& s = *t.scratch;
+static FAL_NOINLINE void backward_tile(const BackwardTile& t, const BackwardScratch& s, Range keys,
+                                       int offset, bool partial, bool first) {
   const ForwardProblem& f = t.plan->problem.forward;
   const Shape& shape = f.shape;
   const int dim = shape.head_dim, dim_v = shape.head_dim_v;
@@ -157,13 +163,14 @@ static FAL_NOINLINE void backward_tile(const BackwardTile& t, Range keys, int of
                               mask, s.p + row, unused);
     score_panel<false, false>(v, ld_v, s.dout_transposed + static_cast<int64_t>(row) * dim_v, dim_v,
                               range, mask, s.ds + row, unused);
+    const int at = range.begin * kScoreStride + row;
     if (t.general) {
-      const int at = range.begin * kScoreStride + row;
       modify_panel<kScoreStride>(t.mod, panel_rows.begin, row, keys, range, mask, s.p + at,
                                  s.bend ? s.bend + at : nullptr, unused);
     }
-    gradient_panel(t, row, range, mask);
-    finish_scores(t, row, keys, range);
+    gradient_panel<kScoreStride>(t, row, range, mask, s.p + at, s.ds + at,
+                                 s.keep ? s.keep + at : nullptr);
+    finish_scores<kScoreStride>(t, row, keys, range, s.ds + at, s.bend ? s.bend + at : nullptr);
     fill_panel(range, s.ds + row);
   }
 
@@ -186,21 +193,21 @@ static FAL_NOINLINE void backward_tile(const BackwardTile& t, Range keys, int of
   float* dv = s.dv + static_cast<int64_t>(offset) * ld_v;
   float* dk = s.dk + static_cast<int64_t>(offset) * ld;
   const float* k_panels = s.k_panels + static_cast<int64_t>(offset) * ld;
-  if (t.dout_finite || !partial) {
+  if (s.dout_finite || !partial) {
     accumulate<false>(dv, ld_v, n, vectors_v, s.p, kScoreStride, 1, s.dout_panels, kTileRows, false,
                       nullptr, rows_of_group);
   } else {
     accumulate_exactly(dv, ld_v, n, vectors_v, s.p, kScoreStride, 1, s.dout_panels, kTileRows,
                        false, nullptr, rows_of_one);
   }
-  if (t.q_finite || !partial) {
+  if (s.q_finite || !partial) {
     accumulate<false>(dk, ld, n, vectors, s.ds, kScoreStride, 1, s.q_panels, kTileRows, false,
                       nullptr, rows_of_group);
   } else {
     accumulate_exactly(dk, ld, n, vectors, s.ds, kScoreStride, 1, s.q_panels, kTileRows, false,
                        nullptr, rows_of_one);
   }
-  if (t.k_finite || !partial) {
+  if (s.k_finite || !partial) {
     accumulate<false>(s.dq, ld, rows, vectors, s.ds, 1, kScoreStride, k_panels, kTileKeys, first,
                       nullptr, keys_of_group);
   } else {
@@ -209,9 +216,11 @@ static FAL_NOINLINE void backward_tile(const BackwardTile& t, Range keys, int of
   }
 }
 
-// Adds the tile's dQ when the key blocks before this one have added theirs.
+// Adds the tile's dQ, [row][head_dim, whole panels], when the key blocks before this one have added
+// theirs.
 template <class T>
-FAL_INLINE void add_dq(const BackwardTile& t, const Sequence& seq, int64_t block, int32_t* turn) {
+FAL_INLINE void add_dq(const BackwardTile& t, const Sequence& seq, const float* tile_dq,
+                       int64_t block, int32_t* turn) {
   const BackwardPlan& plan = *t.plan;
   const ForwardProblem& f = plan.problem.forward;
   const int dim = f.shape.head_dim, ld = round_up(dim, kPanel), sum_ld = round_up(dim, kLanes);
@@ -221,7 +230,7 @@ FAL_INLINE void add_dq(const BackwardTile& t, const Sequence& seq, int64_t block
   const int32_t place = static_cast<int32_t>(block - first);
   if (place > 0) wait_for_turn(turn, place);
   for (int r = 0; r < t.rows.size(); ++r) {
-    const float* part = t.scratch->dq + static_cast<int64_t>(r) * ld;
+    const float* part = tile_dq + static_cast<int64_t>(r) * ld;
     T* row = dq.at(t.batch, seq.row_q + t.rows.begin + r, t.head);
     if (first == last) {
       store_row(row, part, dim, f.score.scale);
@@ -240,22 +249,75 @@ FAL_INLINE void add_dq(const BackwardTile& t, const Sequence& seq, int64_t block
 // Writes dK and dV of a key block, and zeros where the tensors hold rows that belong to no
 // sequence.
 template <class T>
-FAL_INLINE void store_key_block(const BackwardPlan& plan, const BackwardScratch& s,
-                                const Sequence& seq, int b, int head_k, Range block) {
+FAL_INLINE void store_key_block(const BackwardPlan& plan, const float* dk_block,
+                                const float* dv_block, const Sequence& seq, int b, int head_k,
+                                Range block) {
   const ForwardProblem& f = plan.problem.forward;
   const int ld = round_up(f.shape.head_dim, kPanel), ld_v = round_up(f.shape.head_dim_v, kPanel);
   const View<T> dk = plan.problem.dk.as<T>(), dv = plan.problem.dv.as<T>();
   for (int j = 0; j < block.size(); ++j) {
     const int64_t row = seq.row_k + block.begin + j;
-    store_row(dk.at(b, row, head_k), s.dk + static_cast<int64_t>(j) * ld, f.shape.head_dim,
+    store_row(dk.at(b, row, head_k), dk_block + static_cast<int64_t>(j) * ld, f.shape.head_dim,
               f.score.scale);
-    store_row(dv.at(b, row, head_k), s.dv + static_cast<int64_t>(j) * ld_v, f.shape.head_dim_v,
+    store_row(dv.at(b, row, head_k), dv_block + static_cast<int64_t>(j) * ld_v, f.shape.head_dim_v,
               1.f);
   }
 }
 
-template <class T>
+// The products of an item in fp32 vectors. Another product (amx_backward.h) has the same members.
+struct VectorBackward {
+  using Scratch = BackwardScratch;
+  static constexpr int kTileKeys = fal::cpu::FAL_CPU_ISA::kTileKeys;
+
+  FAL_INLINE static int max_tile_rows(const Shape&) { return kTileRows; }
+
+  // Key blocks of about 400 rows keep K, V, dK and dV of a block in a 2 MiB L2 cache at head dim
+  // 128, and make what is repeated for every block (packing Q and dO, adding dQ) small. Fewer rows
+  // where there would be too few items to share; never depending on the number of threads, because
+  // the order of additions does.
+  FAL_INLINE static int block_keys(const Shape& shape, int64_t longest) {
+    constexpr int kFewItems = 16;
+    int tiles = shape.head_dim + shape.head_dim_v > 256 ? 2 : 3;
+    const int64_t heads = static_cast<int64_t>(shape.batch) * shape.heads_k;
+    while (tiles > 1 &&
+           heads * ((longest + tiles * kTileKeys - 1) / (tiles * kTileKeys)) < kFewItems) {
+      --tiles;
+    }
+    return tiles * kTileKeys;
+  }
+
+  // K and V of the tile of keys that is `offset` rows into the block.
+  template <class Rows>
+  FAL_INLINE static void pack_keys(const Rows& k, const Rows& v, int n, int dim, int dim_v,
+                                   int offset, Scratch* s) {
+    const int ld = round_up(dim, kPanel), ld_v = round_up(dim_v, kPanel);
+    pack_rows(k, n, round_up(n, kRows), dim, ld, s->k + static_cast<int64_t>(offset) * ld);
+    pack_rows(v, n, round_up(n, kRows), dim_v, ld_v, s->v + static_cast<int64_t>(offset) * ld_v);
+    s->k_finite &=
+        pack_panels(k, n, kTileKeys, dim, s->k_panels + static_cast<int64_t>(offset) * ld);
+  }
+
+  // Q and dO of a tile of query rows.
+  template <class Rows>
+  FAL_INLINE static void pack_queries(const Rows& q, const Rows& dout, int n,
+                                      const ForwardProblem& f, Scratch* s) {
+    const int dim = f.shape.head_dim, dim_v = f.shape.head_dim_v;
+    pack_transposed(q, n, dim, modifies_scores(f.score) ? 1.f : f.score.scale * kLog2E,
+                    s->q_transposed);
+    pack_transposed(dout, n, dim_v, 1.f, s->dout_transposed);
+    s->q_finite = pack_panels(q, n, kTileRows, dim, s->q_panels);
+    s->dout_finite = pack_panels(dout, n, kTileRows, dim_v, s->dout_panels);
+  }
+
+  FAL_INLINE static void tile(const BackwardTile& t, const Scratch& s, Range keys, int offset,
+                              bool partial, bool first) {
+    backward_tile(t, s, keys, offset, partial, first);
+  }
+};
+
+template <class Product, class T>
 static void backward_item(const void* arg, int64_t item, char* memory) {
+  constexpr int kTileKeys = Product::kTileKeys;
   const BackwardPlan& plan = *static_cast<const BackwardPlan*>(arg);
   const BackwardProblem& p = plan.problem;
   const ForwardProblem& f = p.forward;
@@ -271,14 +333,14 @@ static void backward_item(const void* arg, int64_t item, char* memory) {
   const Band band = Band::make(seq.seqlen_q, seq.seqlen_k, f.window);
 
   ScratchCursor cursor{memory};
-  const BackwardScratch s = BackwardScratch::place(&cursor, p, plan.block_keys);
+  typename Product::Scratch s =
+      Product::Scratch::place(&cursor, p, plan.block_keys, plan.tile_rows);
   const int dim = shape.head_dim, dim_v = shape.head_dim_v;
   const int ld = round_up(dim, kPanel), ld_v = round_up(dim_v, kPanel);
   const int padded = round_up(block.size(), kTileKeys);
   memset(s.dk, 0, sizeof(float) * padded * ld);
   memset(s.dv, 0, sizeof(float) * padded * ld_v);
   const ContiguousKv<T> kv = ContiguousKv<T>::make(f.kv, seq, b, head_k);
-  bool k_finite = true;
   const bool general = modifies_scores(f.score);
 
   bool packed = false;
@@ -292,24 +354,16 @@ static void backward_item(const void* arg, int64_t item, char* memory) {
           const int n = min_int(kTileKeys, block.size() - j);
           const StridedRows<T> k_rows{kv.k_row(block.begin + j), kv.k_stride};
           const StridedRows<T> v_rows{kv.v_row(block.begin + j), kv.v_stride};
-          pack_rows(k_rows, n, round_up(n, kRows), dim, ld, s.k + static_cast<int64_t>(j) * ld);
-          pack_rows(v_rows, n, round_up(n, kRows), dim_v, ld_v,
-                    s.v + static_cast<int64_t>(j) * ld_v);
-          k_finite &=
-              pack_panels(k_rows, n, kTileKeys, dim, s.k_panels + static_cast<int64_t>(j) * ld);
+          Product::pack_keys(k_rows, v_rows, n, dim, dim_v, j, &s);
         }
       }
       const Range rows = tile.range;
       const StridedRows<T> q{f.q.as<T>().at(b, seq.row_q + rows.begin, h), f.q.row};
       const StridedRows<T> dout{p.dout.as<T>().at(b, seq.row_q + rows.begin, h), p.dout.row};
-      pack_transposed(q, rows.size(), dim, general ? 1.f : f.score.scale * kLog2E, s.q_transposed);
-      pack_transposed(dout, rows.size(), dim_v, 1.f, s.dout_transposed);
-      const bool q_finite = pack_panels(q, rows.size(), kTileRows, dim, s.q_panels);
-      const bool dout_finite = pack_panels(dout, rows.size(), kTileRows, dim_v, s.dout_panels);
+      Product::pack_queries(q, dout, rows.size(), f, &s);
       const int64_t stat = plan.stat_index(b, h, rows.begin);
       const BackwardTile t{
           &plan,
-          &s,
           band,
           rows,
           block,
@@ -319,43 +373,44 @@ static void backward_item(const void* arg, int64_t item, char* memory) {
           {GeneralScoreMod::make(f.score, b, h, band.shift()), f.score.scale, s.bias},
           {f.score.dropout_seed, f.score.dropout_threshold},
           plan.lse + stat,
-          plan.delta + stat,
-          k_finite,
-          q_finite,
-          dout_finite};
+          plan.delta + stat};
       bool first = true;
       for (int j = 0; j < block.size(); j += kTileKeys) {
         const Range keys{block.begin + j, min_int(block.begin + j + kTileKeys, block.end)};
         const TileKind kind = band.classify(rows, keys);
         if (kind == TileKind::kSkip) continue;
-        backward_tile(t, keys, j, kind == TileKind::kPartial, first);
+        Product::tile(t, s, keys, j, kind == TileKind::kPartial, first);
         first = false;
       }
-      add_dq<T>(t, seq, index, plan.turn + plan.row_item(b, h, rows.begin / plan.tile_rows));
+      add_dq<T>(t, seq, s.dq, index, plan.turn + plan.row_item(b, h, rows.begin / plan.tile_rows));
     }
   }
-  store_key_block<T>(plan, s, seq, b, head_k, block);
+  store_key_block<T>(plan, s.dk, s.dv, seq, b, head_k, block);
 }
 
-static void backward(const BackwardProblem& problem, const ThreadPool& pool) {
-  BackwardPlan plan = BackwardPlan::make(problem);
+template <class T, class Product>
+static void backward_with(const BackwardProblem& problem, const ThreadPool& pool) {
+  BackwardPlan plan = BackwardPlan::make<Product>(problem);
   void* memory = allocate_shared(plan.place_shared(nullptr));
   plan.place_shared(static_cast<char*>(memory));
   memset(plan.turn, 0, sizeof(int32_t) * plan.row_items());
   ScratchCursor size{nullptr};
-  BackwardScratch::place(&size, problem, plan.block_keys);
+  Product::Scratch::place(&size, problem, plan.block_keys, plan.tile_rows);
   try {
-    dispatch_element(problem.forward.shape.dtype, [&](auto element) {
-      using T = decltype(element);
-      run_items(pool, plan.row_items() + 1, plan.flops, 0, &backward_row_item<T>, &plan);
-      run_items(pool, plan.key_items(), plan.flops, size.used, &backward_item<T>, &plan);
-    });
+    run_items(pool, plan.row_items() + 1, plan.flops, 0, &backward_row_item<T>, &plan);
+    run_items(pool, plan.key_items(), plan.flops, size.used, &backward_item<Product, T>, &plan);
   } catch (...) {
     free_shared(memory);
     throw;
   }
   reduce_sinks(plan);
   free_shared(memory);
+}
+
+[[maybe_unused]] static void backward(const BackwardProblem& problem, const ThreadPool& pool) {
+  dispatch_element(problem.forward.shape.dtype, [&](auto element) {
+    backward_with<decltype(element), VectorBackward>(problem, pool);
+  });
 }
 
 }  // namespace fal::cpu::FAL_CPU_ISA

@@ -37,21 +37,7 @@ struct BackwardPlan {
     return h * shape().rows_q + first + i;
   }
 
-  // Key blocks of about 400 rows keep K, V, dK and dV of a block in a 2 MiB L2 cache at head dim
-  // 128, and make what is repeated for every block (packing Q and dO, adding dQ) small. Fewer rows
-  // where there would be too few items to share; never depending on the number of threads, because
-  // the order of additions does.
-  FAL_INLINE static int choose_block_keys(const Shape& shape, int64_t longest) {
-    constexpr int kFewItems = 16;
-    int tiles = shape.head_dim + shape.head_dim_v > 256 ? 2 : 3;
-    const int64_t heads = static_cast<int64_t>(shape.batch) * shape.heads_k;
-    while (tiles > 1 &&
-           heads * ((longest + tiles * kTileKeys - 1) / (tiles * kTileKeys)) < kFewItems) {
-      --tiles;
-    }
-    return tiles * kTileKeys;
-  }
-
+  template <class Product>
   FAL_INLINE static BackwardPlan make(const BackwardProblem& problem) {
     BackwardPlan plan{};
     plan.problem = problem;
@@ -65,9 +51,9 @@ struct BackwardPlan {
       plan.flops += 5.0 * f.shape.heads_q * (f.shape.head_dim + f.shape.head_dim_v) * allocated *
                     (seq.seqlen_k + 1.0);
     }
-    plan.tile_rows = even_tile_rows(longest_q, kTileRows);
+    plan.tile_rows = even_tile_rows(longest_q, Product::max_tile_rows(f.shape));
     plan.row_blocks = (longest_q + plan.tile_rows - 1) / plan.tile_rows;
-    plan.block_keys = choose_block_keys(f.shape, longest_k);
+    plan.block_keys = Product::block_keys(f.shape, longest_k);
     plan.key_blocks = (longest_k + plan.block_keys - 1) / plan.block_keys;
     return plan;
   }
