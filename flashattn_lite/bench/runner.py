@@ -171,7 +171,7 @@ def _inexact(
             row.error, row.budget_used = found.error, found.used
         if not found.exact:
             row.failure = (
-                f"{name} is inexact: {found.worst} uses {found.used:.2f} times its error budget"
+                f"{name} is inexact: {found.worst} uses {found.used:.3g} times its error budget"
             )
             return True
     return False
