@@ -109,8 +109,8 @@ def _training(plan: Plan) -> list[Case]:
     cases = []
     for dtype in plan.dtypes:
         # PyTorch's 16-bit backward takes many times as long as its float32 one.
-        longest = {"quick": 1024, "default": 2048, "full": 4096}[plan.size]
-        longest = 2 * longest if dtype == "fp32" else longest
+        longest = {"quick": 1024, "default": 1024, "full": 4096}[plan.size]
+        longest = 4 * longest if dtype == "fp32" else longest
         if plan.size == "default":
             shapes: list[dict[str, int]] = []
             for i, n in enumerate(n for n in LENGTHS if n <= longest):
