@@ -289,7 +289,7 @@ struct VectorBackward {
   // K and V of the tile of keys that is `offset` rows into the block.
   template <class Rows>
   FAL_INLINE static void pack_keys(const Rows& k, const Rows& v, int n, int dim, int dim_v,
-                                   int offset, Scratch* s) {
+                                   int offset, int, Scratch* s) {
     const int ld = round_up(dim, kPanel), ld_v = round_up(dim_v, kPanel);
     pack_rows(k, n, round_up(n, kRows), dim, ld, s->k + static_cast<int64_t>(offset) * ld);
     pack_rows(v, n, round_up(n, kRows), dim_v, ld_v, s->v + static_cast<int64_t>(offset) * ld_v);
@@ -337,7 +337,7 @@ static void backward_item(const void* arg, int64_t item, char* memory) {
       Product::Scratch::place(&cursor, p, plan.block_keys, plan.tile_rows);
   const int dim = shape.head_dim, dim_v = shape.head_dim_v;
   const int ld = round_up(dim, kPanel), ld_v = round_up(dim_v, kPanel);
-  const int padded = round_up(block.size(), kTileKeys);
+  const int padded = min_int(round_up(block.size(), kTileKeys), plan.block_keys);
   memset(s.dk, 0, sizeof(float) * padded * ld);
   memset(s.dv, 0, sizeof(float) * padded * ld_v);
   const ContiguousKv<T> kv = ContiguousKv<T>::make(f.kv, seq, b, head_k);
@@ -354,7 +354,7 @@ static void backward_item(const void* arg, int64_t item, char* memory) {
           const int n = min_int(kTileKeys, block.size() - j);
           const StridedRows<T> k_rows{kv.k_row(block.begin + j), kv.k_stride};
           const StridedRows<T> v_rows{kv.v_row(block.begin + j), kv.v_stride};
-          Product::pack_keys(k_rows, v_rows, n, dim, dim_v, j, &s);
+          Product::pack_keys(k_rows, v_rows, n, dim, dim_v, j, plan.block_keys, &s);
         }
       }
       const Range rows = tile.range;
