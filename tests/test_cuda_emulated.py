@@ -114,6 +114,56 @@ def test_keys_that_nobody_sees_are_not_read() -> None:
     testing.check_within_budget("out", result.out, truth, truth.bfloat16())
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_dropout_is_its_definition(algorithm: str) -> None:
+    """With V the identity, the output is P itself: dropped exactly where the definition says."""
+    generator = torch.Generator().manual_seed(1)
+    q, k = (torch.randn(2, n, 3, 64, generator=generator).half() for n in (200, 96))
+    v = torch.eye(96).half().expand(2, 3, 96, 96).transpose(1, 2)
+    options = {"dropout_p": 0.3, "dropout_seed": torch.tensor([2**61 + 12345])}
+    result = cuda_problem.forward(algorithm, q, k, v, **options)
+    clean(result)
+    heads = torch.arange(6).reshape(2, 3)
+    keep = reference.dropout_keep(options["dropout_seed"], heads, 200, 96, 0.3)
+    assert torch.equal(result.out.transpose(1, 2) != 0, keep)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_rows_of_no_sequence_are_cleared(algorithm: str) -> None:
+    """Behind the last of cu_seqlens: outputs and gradients are 0, LSE is -inf, inputs are unread."""
+    cu_q, cu_k = (torch.tensor(c, dtype=torch.int32) for c in ([0, 70, 70, 81], [0, 20, 64, 90]))
+    generator = torch.Generator().manual_seed(2)
+    q, dout = (torch.randn(100, 4, 64, generator=generator).bfloat16() for _ in range(2))
+    k, v = (torch.randn(120, 2, 64, generator=generator).bfloat16() for _ in range(2))
+    q[81:], dout[81:], k[90:], v[90:] = torch.nan, torch.nan, torch.nan, torch.nan
+    options = {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "causal": True}
+    inputs = testing.Inputs(q, k, v, options, dout=dout, dlse=torch.zeros(4, 100))
+    forward = cuda_problem.forward(algorithm, q, k, v, **options)
+    clean(forward)
+    check_forward(forward, inputs, torch.bfloat16)
+    assert (forward.out[81:] == 0).all() and (forward.lse[:, 81:] == -torch.inf).all()
+    for deterministic in (False, True):
+        result = run_backward(algorithm, inputs, deterministic=deterministic)
+        clean(result)
+        assert result.dq is not None and result.dk is not None and result.dv is not None
+        for gradient, rows in ((result.dq, 81), (result.dk, 90), (result.dv, 90)):
+            assert (gradient[rows:] == 0).all() and torch.isfinite(gradient[:rows]).all()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_offsets_beyond_32_bits(algorithm: str) -> None:
+    """Heads 2^31 elements apart, in memory that is mostly never touched."""
+    apart = 2**31 + 64
+    shape = (1, 20, 2, 64)
+    big = [torch.empty(apart + 20 * 64, dtype=torch.float16) for _ in range(3)]
+    q, k, v = (t.as_strided(shape, (0, 64, apart, 1)) for t in big)
+    for t in (q, k, v):
+        t.copy_(torch.randn(shape))
+    result = cuda_problem.forward(algorithm, q, k, v, causal=True)
+    clean(result)
+    check_forward(result, testing.Inputs(q, k, v, {"causal": True}), torch.float16)
+
+
 # ---- backward -----------------------------------------------------------------------------------
 
 

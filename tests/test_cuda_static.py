@@ -1,0 +1,48 @@
+"""The CUDA kernels as nvcc compiles them: no worse than the committed tables, and made of the
+instructions meant. Needs nvcc (and, for the second, nvdisasm); no GPU."""
+
+import json
+import re
+
+import pytest
+from native import ptxas
+
+needs_nvcc = pytest.mark.skipif(
+    ptxas.find_nvcc() is None, reason="nvcc is not installed: the kernels cannot be compiled here"
+)
+needs_nvdisasm = pytest.mark.skipif(
+    ptxas.find_nvdisasm() is None,
+    reason="nvdisasm is not installed (pip install nvidia-cuda-nvdisasm): SASS cannot be read",
+)
+pytestmark = [needs_nvcc, pytest.mark.parametrize("architecture", ptxas.ARCHITECTURES)]
+
+
+def test_no_worse_than_recorded(architecture: str) -> None:
+    """After a change that is meant, write the tables anew: python tests/native/ptxas.py"""
+    recorded = json.loads(ptxas.table(architecture).read_text())
+    actual = ptxas.report(architecture)
+    assert actual.keys() == recorded.keys(), "a kernel came or went: python tests/native/ptxas.py"
+    for name, now in actual.items():
+        for what, value in now.items():
+            assert value <= recorded[name][what], f"{name}: {what} is {value}, was {recorded[name]}"
+
+
+def test_no_spills_at_head_dims_64_and_128(architecture: str) -> None:
+    kernels = ptxas.report(architecture)
+    checked = [name for name in kernels if re.search(r"flash2\w*<(64|128),", name)]
+    assert len(checked) >= 16
+    for name in checked:
+        assert kernels[name]["spill_stores"] == kernels[name]["spill_loads"] == 0, name
+
+
+@needs_nvdisasm
+def test_kernels_use_the_instructions_meant(architecture: str) -> None:
+    """Tensor cores fed by ldmatrix from asynchronously copied tiles; vector reductions on sm_90."""
+    for name, code in ptxas.sass(architecture).items():
+        for instruction in ("HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDSM.16.MT88.4"):
+            assert instruction in code, f"{name} has no {instruction}"
+        assert re.search(r"LDGSTS\.E\.BYPASS[.\w]*\.128", code), f"{name} has no 16-byte cp.async"
+        assert "LDGSTS.E.BYPASS.128.ZFILL" not in code, f"{name} computes cp.async source sizes"
+        if name.startswith("flash2_backward_kernel") and architecture.startswith("90"):
+            reductions = re.findall(r"RED\S*ADD\.F32\S*", code)
+            assert reductions and all("F32x4" in r for r in reductions), (name, reductions)
