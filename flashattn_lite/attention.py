@@ -333,26 +333,27 @@ def plain_attention(
     v: Tensor,
     softmax_scale: float | None,
     causal: bool,
-    window: Window,
     deterministic: bool,
 ) -> Tensor:
     """``attention`` with no further options, by a shorter way when nothing needs the longer one: it
-    saves a tiny call 0.9 of 5.1 us."""
+    saves a tiny call 1.2 of 5.1 us."""
     if (
-        window is UNBOUNDED
-        and isinstance(q, Tensor)
+        isinstance(q, Tensor)
         and isinstance(k, Tensor)
         and isinstance(v, Tensor)
-        and q.dtype is not torch.float64
-        and not _autocasts(q)
+        and q.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
         and not (
             torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         )
+        and q.dtype is not torch.float64
     ):
         if softmax_scale is None:
             softmax_scale = (q.shape[-1] or 1) ** -0.5
         try:
-            out: Tensor = _ops.forward_plain(q, k, v, softmax_scale, -1, 0 if causal else -1)[0]
+            right = 0 if causal else -1
+            out: Tensor = _ops.forward_plain_untraced(q, k, v, softmax_scale, -1, right)[0]
         except RuntimeError as error:
             raise _ops.argument_error(error, name) from None
         return out
@@ -361,7 +362,6 @@ def plain_attention(
         k,
         v,
         causal=causal,
-        window=window,
         softmax_scale=softmax_scale,
         deterministic=deterministic,
         name=name,

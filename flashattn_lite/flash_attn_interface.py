@@ -97,8 +97,10 @@ def _attend(
         window = UNBOUNDED
     else:
         window = _flash_window(window_size, lengths.get("max_seqlen_k", k.shape[1]), name)
-    if not (dropout_p or softcap or return_attn_probs or lengths or alibi_slopes is not None):
-        return plain_attention(name, q, k, v, softmax_scale, causal, window, deterministic)
+    if window is UNBOUNDED and not (
+        dropout_p or softcap or return_attn_probs or lengths or alibi_slopes is not None
+    ):
+        return plain_attention(name, q, k, v, softmax_scale, causal, deterministic)
     seed = draw_dropout_seed() if dropout_p > 0 else None
     result = attention(
         q,

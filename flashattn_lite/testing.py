@@ -366,12 +366,15 @@ def check_within_budget(
     *,
     factor: float = 2.0,
     largest_score: float = 1.0,
-) -> None:
+) -> float:
     """Raises AssertionError with the worst element unless ``actual`` is within the budget of
-    ``truth`` (float64). Infinities and NaNs must be where the truth has them."""
+    ``truth`` (float64). Infinities and NaNs must be where the truth has them.
+
+    Returns: the share of the budget that is used, 0 to 1.
+    """
     assert actual.shape == truth.shape, f"{name}: shape {actual.shape}, expected {truth.shape}"
     if actual.numel() == 0:
-        return
+        return 0.0
     budget = error_budget(truth, low, actual.dtype, factor=factor, largest_score=largest_score)
     wide = actual.double()
     same = (wide == truth) | (wide.isnan() & truth.isnan())
@@ -384,6 +387,7 @@ def check_within_budget(
         f"{truth.flatten()[worst].item()!r}: error {float(error.flatten()[worst]):.3g}, "
         f"budget {budget:.3g}; {int((error > budget).sum())} of {error.numel()} elements are beyond"
     )
+    return float(error.flatten()[worst]) / budget if budget else 0.0
 
 
 def check_case(
@@ -393,9 +397,9 @@ def check_case(
     backward: bool = True,
     device: str = "cpu",
     seed: int = 0,
-) -> None:
+) -> dict[str, float]:
     """``function`` (with ``attention``'s keywords, returning out and lse) against the reference on
-    one case: out, lse, and every gradient."""
+    one case: out, lse, and every gradient. Returns the share of the budget that each uses."""
     inputs = make_inputs(case, device=device, seed=seed)
     options = inputs.reference_options()
 
@@ -413,10 +417,16 @@ def check_case(
     lse = truth.lse[torch.isfinite(truth.lse)]
     largest = float(lse.abs().max()) if lse.numel() else 1.0
 
-    def check(result: str, a: Tensor, t: Tensor, x: Tensor, factor: float) -> None:
-        check_within_budget(f"{case}: {result}", a, t, x, factor=factor, largest_score=largest)
+    def check(result: str, a: Tensor, t: Tensor, x: Tensor, factor: float) -> float:
+        return check_within_budget(
+            f"{case}: {result}", a, t, x, factor=factor, largest_score=largest
+        )
 
-    check("out", actual.out, truth.out, low.out, 2.0)
-    check("lse", actual.lse, truth.lse, low.lse, 2.0)
+    shares = {
+        "out": check("out", actual.out, truth.out, low.out, 2.0),
+        "lse": check("lse", actual.lse, truth.lse, low.lse, 2.0),
+    }
     for name, gradient in actual.grads.items():
-        check(f"d{name}", gradient, truth.grads[name].double(), low.grads[name], 3.0)
+        exact = truth.grads[name].double()
+        shares[f"d{name}"] = check(f"d{name}", gradient, exact, low.grads[name], 3.0)
+    return shares
