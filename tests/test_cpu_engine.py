@@ -77,6 +77,12 @@ def test_every_case_under_sanitizers() -> None:
     assert done.stderr == ""
 
 
+def test_offsets_past_two_to_the_31() -> None:
+    done = run(program("cpu_engine", ["-O3"]), "--big-strides")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "big strides: 0 failures\n"
+
+
 @pytest.mark.parametrize("isa", ISA_FLAGS)
 def test_an_isa_leaves_nothing_to_merge(isa: str) -> None:
     # A weak function symbol could replace another object's copy, and run on every machine.

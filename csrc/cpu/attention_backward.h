@@ -271,13 +271,13 @@ struct VectorBackward {
 
   FAL_INLINE static int max_tile_rows(const Shape&) { return kTileRows; }
 
-  // Key blocks of about 400 rows keep K, V, dK and dV of a block in a 2 MiB L2 cache at head dim
+  // Key blocks of 288 rows keep K, V, dK and dV of a block in a 2 MiB L2 cache at head dim
   // 128, and make what is repeated for every block (packing Q and dO, adding dQ) small. Fewer rows
   // where there would be too few items to share; never depending on the number of threads, because
   // the order of additions does.
   FAL_INLINE static int block_keys(const Shape& shape, int64_t longest) {
     constexpr int kFewItems = 16;
-    int tiles = shape.head_dim + shape.head_dim_v > 256 ? 2 : 3;
+    int tiles = shape.head_dim + shape.head_dim_v > 256 ? 1 : 2;
     const int64_t heads = static_cast<int64_t>(shape.batch) * shape.heads_k;
     while (tiles > 1 &&
            heads * ((longest + tiles * kTileKeys - 1) / (tiles * kTileKeys)) < kFewItems) {

@@ -183,7 +183,15 @@ struct VectorForward {
   using Scratch = ForwardScratch;
   static constexpr int kTileKeys = fal::cpu::FAL_CPU_ISA::kTileKeys;
 
-  FAL_INLINE static int max_tile_rows(const Shape&, int64_t, int) { return kTileRows; }
+  // Smaller tiles where there would be too few items to balance; no row's result depends on it.
+  FAL_INLINE static int max_tile_rows(const Shape& shape, int64_t longest, int threads) {
+    const int64_t heads = static_cast<int64_t>(shape.batch) * shape.heads_q;
+    int rows = kTileRows;
+    while (threads > 1 && rows > 64 && heads * ((longest + rows - 1) / rows) < 4 * threads) {
+      rows -= 32;
+    }
+    return rows;
+  }
 
   // One item for any tile cursor: Tiles has next(Tile*).
   template <class T, class Kv, class Tiles>

@@ -375,6 +375,52 @@ void run_case(const Case& c, DType dtype, const std::vector<std::string>& isas) 
   }
 }
 
+// Rows so far apart that row * stride passes 2^31 elements: same bits as compact rows.
+void run_big_strides(const std::string& isa) {
+  constexpr int kLength = 7, kDim = 24;
+  constexpr int64_t kStride = (int64_t{1} << 29) + 8;
+  if (!cpu::select_isa(isa.c_str())) abort();
+  std::vector<std::vector<float>> results[2];
+  for (const int64_t stride : {int64_t{kDim}, kStride}) {
+    const size_t bytes = sizeof(float) * (stride * (kLength - 1) + kDim);
+    std::vector<float*> tensors;  // q k v out dout dq dk dv
+    for (int i = 0; i < 8; ++i) {
+      void* map = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (map == MAP_FAILED) printf("no address space for the big strides\n"), abort();
+      tensors.push_back(static_cast<float*>(map));
+      Random random(i + 1);
+      for (int r = 0; r < kLength; ++r)
+        for (int d = 0; d < kDim; ++d)
+          tensors[i][r * stride + d] = static_cast<float>(random.normal());
+    }
+    std::vector<float> lse(kLength);
+    const auto view = [&](int i) { return AnyView{tensors[i], 0, stride, 0}; };
+    BackwardProblem b{};
+    ForwardProblem& f = b.forward;
+    f.shape = {1, 1, 1, kDim, kDim, DType::kFloat32, kLength, kLength};
+    f.lengths = {kLength, kLength, nullptr, nullptr, nullptr, nullptr, nullptr};
+    f.window = {Window::kUnbounded, 0};
+    f.score.scale = 0.2f;
+    f.q = view(0), f.kv.k = view(1), f.kv.v = view(2), f.out = view(3);
+    f.lse = {lse.data(), 0, 0, 1};
+    b.dout = view(4), b.dq = view(5), b.dk = view(6), b.dv = view(7);
+    const cpu::ThreadPool pool{1, nullptr, &run_threads};
+    cpu::forward(f, pool);
+    cpu::backward(b, pool);
+    for (float* t : tensors) {
+      std::vector<float> rows;
+      for (int r = 0; r < kLength; ++r)
+        rows.insert(rows.end(), t + r * stride, t + r * stride + kDim);
+      results[stride != kDim].push_back(rows);
+      munmap(t, bytes);
+    }
+  }
+  if (results[0] == results[1]) return;
+  ++failures;
+  printf("FAIL %s: strides past 2^31 give other bits\n", isa.c_str());
+}
+
 }  // namespace
 }  // namespace fal::test
 
@@ -388,6 +434,11 @@ int main(int argc, char** argv) {
   if (wanted == "--isas") {
     for (const char* const* isa = fal::cpu::available_isas(); *isa; ++isa) printf("%s\n", *isa);
     return 0;
+  }
+  if (wanted == "--big-strides") {
+    for (const char* const* isa = fal::cpu::available_isas(); *isa; ++isa) run_big_strides(*isa);
+    printf("big strides: %d failures\n", failures);
+    return failures != 0;
   }
   int ran = 0;
   for (const Case& c : all_cases()) {
