@@ -13,7 +13,7 @@ import torch
 
 import flashattn_lite
 from flashattn_lite import _ops, demo
-from flashattn_lite.bench import command, isa, machine
+from flashattn_lite.bench import ceilings, command, isa, machine
 from flashattn_lite.cli import main
 from flashattn_lite.testing import Case
 
@@ -77,7 +77,8 @@ def test_wrong_usage_exits_with_2_and_says_why(
         (["bench", "--competitors", "nobody"], "--competitors has nobody; known: sdpa"),
         (["bench", "report", "none.json"], "none.json: No such file or directory"),
         (["bench", "compare", "a.json", "b.json"], "a.json: No such file or directory"),
-        (["bench", "scaling", "--threads", "1"], "nothing to measure"),
+        (["bench", "scaling", "--threads", "1", "--no-json"], "nothing to measure"),
+        (["bench", "--json", "/dev/null/r.json"], "--json /dev/null/r.json: "),
     ],
 )
 def test_wrong_values_exit_with_2_and_say_why(
@@ -116,10 +117,32 @@ def test_an_inexact_row_makes_the_exit_status_1(
 ) -> None:
     from flashattn_lite.bench import exactness
 
-    monkeypatch.setattr(exactness, "error_budget", lambda *_: 0.0)
+    monkeypatch.setattr(ceilings, "measure", lambda *_: {})
+    monkeypatch.setattr(exactness, "error_budget", lambda *_, **__: 0.0)
     words = ["bench", "overhead", "--quick", "--dtype", "fp16", "--no-json"]
     assert main(words) == 1
     assert "flashattn_lite is inexact: out uses" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_keeps_its_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashattn_lite.bench import runner
+
+    monkeypatch.setattr(ceilings, "measure", lambda *_: {})
+    measure, path = runner.measure, tmp_path / "r.json"
+
+    def one_then_stop(case: object, settings: object) -> object:
+        if path.with_suffix(".mark").exists():
+            raise KeyboardInterrupt
+        path.with_suffix(".mark").touch()
+        return measure(case, settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runner, "measure", one_then_stop)
+    words = ["bench", "overhead", "--quick", "--dtype", "fp16", "--json", str(path)]
+    assert main(words) == 130
+    assert "interrupted: these are the rows" in capsys.readouterr().err
+    assert len(json.loads(path.read_text())["rows"]) == 1
 
 
 def test_a_lesser_instruction_set_restarts_the_program(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,17 +178,22 @@ def _measure(known: argparse.Namespace) -> int:
         },
         absent=absent,
     )
-    suites = known.suites or list(SUITES)
-    measure(results, plan, settings, suites)
-    if not known.no_json:
-        path = known.json or default_path(results, suites)
+    suites = list(dict.fromkeys(known.suites)) or list(SUITES)
+    path = None if known.no_json else known.json or default_path(results, suites)
+    if path is not None:
+        _check_writable(path)
+    interrupted = measure(results, plan, settings, suites)
+    if path is not None and results.rows:
         results.save(path)
         print(f"\nresults: {path}")
+    if interrupted:
+        print("interrupted: these are the rows measured until then", file=sys.stderr)
+        return 130
     return 1 if results.failures else 0
 
 
-def measure(results: Results, plan: Plan, settings: runner.Settings, suites: list[str]) -> None:
-    """Runs the suites, printing each one's table as it is done, then the summary."""
+def measure(results: Results, plan: Plan, settings: runner.Settings, suites: list[str]) -> bool:
+    """Runs the suites and prints their tables; True if the user stopped it on the way."""
     cases = {suite: cases_of(suite, plan) for suite in suites}
     flat = [case for some in cases.values() for case in some]
     if not flat:
@@ -196,16 +201,34 @@ def measure(results: Results, plan: Plan, settings: runner.Settings, suites: lis
     clock = runner.clock_for(flat[0], settings)
     ceilings_cost = 1.5 * len(plan.threads)
     total = ceilings_cost + sum(runner.cost(case, settings) for case in flat)
+    interrupted = False
     with Progress(total) as progress:
-        progress.step("how fast this machine can go", ceilings_cost)
-        results.ceilings = ceilings.measure(plan.device, plan.threads, clock)
-        for case in flat:
-            progress.step(
-                f"{case.suite}: {case.dtype}, {case.label()}", runner.cost(case, settings)
-            )
-            results.rows.append(runner.measure(case, settings))
+        try:
+            progress.step("how fast this machine can go", ceilings_cost)
+            results.ceilings = ceilings.measure(plan.device, plan.threads, clock)
+            for case in flat:
+                what = f"{case.suite}: {case.dtype}, {case.label()}"
+                progress.step(what, runner.cost(case, settings))
+                results.rows.append(runner.measure(case, settings))
+        except KeyboardInterrupt:
+            interrupted = True
     print("\n".join(present.header(results)))
     present.show(results)
+    return interrupted
+
+
+def _check_writable(path: Path) -> None:
+    """Before the measuring rather than after it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"--json {path}: {error.strerror}; say where to write, or --no-json"
+        ) from None
 
 
 def default_path(results: Results, suites: list[str]) -> Path:

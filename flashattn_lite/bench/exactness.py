@@ -86,7 +86,7 @@ def check(case: Case, inputs: Inputs, known: list[Truth], got: Tensors, layout: 
             rows = truth.rows if name in ("out", "dq") else slice(None)
             head = truth.head * tensor_heads(case, name) // case.heads
             parts.append(_pick(case, inputs, tensor, layout, truth.sequence, head)[rows])
-        actual = torch.cat(parts).double().cpu()
+        actual = torch.cat(parts).double()
         exact = torch.cat([truth.exact[name] for truth in known])
         rounded = torch.cat([truth.rounded[name] for truth in known])
         miss = float(torch.nan_to_num((actual - exact).abs(), nan=torch.inf).max())
@@ -131,7 +131,7 @@ def _oracle(
     kv_head = head * case.kv_heads // case.heads
 
     def one(t: Tensor, h: int) -> Tensor:  # (1, seqlen, 1, dim)
-        return _pick(case, inputs, t, "native", sequence, h)[None, :, None].cpu()
+        return _pick(case, inputs, t, "native", sequence, h)[None, :, None]
 
     q, dout = one(inputs.q, head), one(inputs.dout, head)
     k, v = one(inputs.k, kv_head).to(precision), one(inputs.v, kv_head).to(precision)
@@ -140,14 +140,14 @@ def _oracle(
     if case.window is not None:
         options["window"] = (case.window, 0)
     if inputs.slopes is not None:
-        options["alibi_slopes"] = inputs.slopes[head : head + 1].cpu()
+        options["alibi_slopes"] = inputs.slopes[head : head + 1]
     outs, lses, dqs = [], [], []
     for first in range(begin, end, CHUNK):
         last = min(end, first + CHUNK)
         rows = q[:, first:last].to(precision).requires_grad_(case.backward)
         keys = last if case.causal else k.shape[1]
         if inputs.bias is not None:
-            options["bias"] = inputs.bias[:, head : head + 1, first:last, :keys].cpu()
+            options["bias"] = inputs.bias[:, head : head + 1, first:last, :keys]
         out, lse = reference.attention(rows, k[:, :keys], v[:, :keys], **options)
         if case.backward:
             out.backward(dout[:, first:last].to(precision))  # type: ignore[no-untyped-call]

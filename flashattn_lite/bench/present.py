@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 from flashattn_lite.bench import isa, machine, tables
 from flashattn_lite.bench.ceilings import units
-from flashattn_lite.bench.results import Results, Row, groups_of
+from flashattn_lite.bench.results import FLASH1, Results, Row, groups_of
+from flashattn_lite.bench.timing import geometric_mean
 
 TITLES = {
     "forward": "Forward",
@@ -19,6 +20,7 @@ TITLES = {
     "scaling": "From one thread to several",
 }
 SHAPE = "batch x heads x length x head dim"
+FLASH1_AIM = 1.7
 GROWTH_AIM = 1.1  # peak memory grows like length^1: the fitted exponent is at most this
 
 Table = tuple[list[str], list[list[str]]]
@@ -51,16 +53,17 @@ def mark(figure: float, aim: float = 1.0, digits: int = 2) -> str:
     return f"{'+' if figure >= aim else '!'}{figure:.{digits}f}"
 
 
-def suite_table(suite: str, rows: Sequence[Row], clock: str) -> Table:
+def suite_table(suite: str, results: Results) -> Table:
     """The suite's rows."""
+    rows = [row for row in results.rows if row.case.suite == suite]
     if suite == "memory":
         return _memory_table(rows)
     if suite == "scaling":
         return _scaling_table(rows)
-    return _speed_table(rows, clock)
+    return _speed_table(rows, results.ceilings)
 
 
-def _speed_table(rows: Sequence[Row], clock: str) -> Table:
+def _speed_table(rows: Sequence[Row], ceilings: dict[str, float]) -> Table:
     others = list(dict.fromkeys(n for r in rows for n in r.ratios if n != r.baseline))
     with_peak = any(row.peak is not None for row in rows)
     with_cpu = any(row.cpu_ratio is not None for row in rows)
@@ -68,6 +71,7 @@ def _speed_table(rows: Sequence[Row], clock: str) -> Table:
     headers = [SHAPE, "dtype"] + (["threads"] if on_cpu else [])
     headers += ["ours", "PyTorch", "ratio", "quartiles"] + (["CPU time"] if with_cpu else [])
     headers += [f"vs {name}" for name in others] + (["of FMA peak"] if with_peak else [])
+    headers += [] if on_cpu else ["TFLOP/s", "of matmul"]
     headers += ["error", "PyTorch's"]
     body = []
     for row in rows:
@@ -87,6 +91,10 @@ def _speed_table(rows: Sequence[Row], clock: str) -> Table:
         cells += [f"{row.ratios[n].median:.2f}" if n in row.ratios else "" for n in others]
         if with_peak:
             cells.append("" if row.peak is None else f"{row.peak:.0%}")
+        if not on_cpu:
+            rate = row.case.flops() / row.samples[row.ours].median()
+            matmul = ceilings.get(f"matmul {row.case.dtype}")
+            cells += [f"{rate / 1e12:.1f}", f"{rate / matmul:.0%}" if matmul else ""]
         body.append([*cells, _scientific(row.error), _scientific(row.baseline_error)])
     return headers, body
 
@@ -128,6 +136,15 @@ def group_table(rows: Sequence[Row], clock: str) -> Table:
         cells = [name, str(found.rows), mark(found.mean, aim or 1.0), mark(found.least)]
         verdict = {None: "", True: "+met", False: "!missed"}[found.met]
         body.append([*cells, "" if aim is None else f"{aim:.2f}", verdict])
+    for suite in ("forward", "training"):
+        against = [
+            r.ratios[FLASH1].median for r in rows if r.case.suite == suite and FLASH1 in r.ratios
+        ]
+        if against:
+            mean = geometric_mean(against)
+            cells = [f"{suite}: FlashAttention-2 against FlashAttention (1)", str(len(against))]
+            cells += [mark(mean, FLASH1_AIM), mark(min(against)), f"{FLASH1_AIM:.2f}"]
+            body.append([*cells, "+met" if mean >= FLASH1_AIM else "!missed"])
     share = peak_at_aim(rows)
     if share is not None:
         headline, met = f"{share:.0%}", share >= 0.8
@@ -194,9 +211,8 @@ def show(results: Results, out: Callable[[str], None] = print) -> None:
 
 
 def show_suite(suite: str, results: Results, out: Callable[[str], None] = print) -> None:
-    rows = [row for row in results.rows if row.case.suite == suite]
     out("\n" + tables.paint(TITLES[suite], tables.BOLD))
-    out(tables.terminal(*suite_table(suite, rows, results.clock), left=2))
+    out(tables.terminal(*suite_table(suite, results), left=2))
 
 
 def show_summary(results: Results, out: Callable[[str], None] = print) -> None:

@@ -84,8 +84,7 @@ def section(results: Results, stem: str, folder: Path) -> str:
     for name in draw(results, folder / "performance", stem):
         parts.append(f"![{name}](performance/{name})\n")
     for suite in results.suites():
-        rows = [row for row in results.rows if row.case.suite == suite]
-        headers, body = present.suite_table(suite, rows, results.clock)
+        headers, body = present.suite_table(suite, results)
         parts.append(f"### {present.TITLES[suite]}\n")
         parts.append(f"`{command_of(results, suite)}`\n")
         parts.append(tables.markdown(headers, body, left=2) + "\n")

@@ -12,6 +12,7 @@ from flashattn_lite.bench.cases import Case
 from flashattn_lite.bench.suites import GROUPS, Group
 from flashattn_lite.bench.timing import Ratio, Samples, geometric_mean
 
+FLASH1 = "flash1"  # our FlashAttention (1) engine among the samples, on CUDA
 KIND, VERSION = "flashattn_lite-bench", 1
 
 

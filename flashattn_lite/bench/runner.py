@@ -11,7 +11,7 @@ import torch
 from flashattn_lite.bench import ceilings, exactness, machine, memory
 from flashattn_lite.bench.cases import Case
 from flashattn_lite.bench.contenders import COMPETITORS, OURS, Entry, Inputs, ours
-from flashattn_lite.bench.results import Row
+from flashattn_lite.bench.results import FLASH1, Row
 from flashattn_lite.bench.timing import (
     Clock,
     Contender,
@@ -134,21 +134,24 @@ def _entries(case: Case, inputs: Inputs, settings: Settings, row: Row) -> dict[s
     if case.device == "cpu":
         torch.set_num_threads(case.threads)
     entries = {OURS: ours(case, inputs)}
+    builds: dict[str, Callable[[Case, Inputs], Entry]] = {
+        name: COMPETITORS[name].build
+        for name in settings.competitors
+        if COMPETITORS[name].refuses(case) is None
+    }
     if case.device == "cuda" and case.suite in ("forward", "training"):
-        entries["flash1"] = ours(case, inputs, "flash1")
-    for name in settings.competitors:
-        competitor = COMPETITORS[name]
-        if competitor.refuses(case) is not None:
-            continue
+        builds[FLASH1] = lambda c, i: ours(c, i, FLASH1)
+    for name, build in builds.items():
         try:
-            entry = competitor.build(case, inputs)
+            entry = build(case, inputs)
             entry.run()
         except Exception as error:  # it says here that it cannot: no reason to stop
             text = str(error).strip().splitlines() or [""]
             row.notes.append(f"{name}: {type(error).__name__}: {text[0]}")
             continue
         entries[name] = entry
-        row.baseline = row.baseline or (name if entry.same_result else "")
+        if entry.same_result and name != FLASH1:
+            row.baseline = row.baseline or name
     return entries
 
 
@@ -161,7 +164,7 @@ def _inexact(
 ) -> bool:
     """Checks ours, which must be exact, and the baseline, whose error is shown beside it."""
     for name, entry in entries.items():
-        if name not in (OURS, "flash1", row.baseline):
+        if name not in (OURS, FLASH1, row.baseline):
             continue
         found = exactness.check(case, inputs, known, entry.run(), entry.layout)
         if name == row.baseline:
