@@ -353,7 +353,9 @@ struct AmxForward {
   FAL_INLINE static int max_tile_rows(const Shape& shape, int64_t longest, int threads) {
     int rows = shape.head_dim + shape.head_dim_v > 256 ? kAmxMaxTileRows / 2 : kAmxMaxTileRows;
     const int64_t heads = static_cast<int64_t>(shape.batch) * shape.heads_q;
-    while (rows > kAmxMinTileRows && heads * ((longest + rows - 1) / rows) < 4 * threads) rows /= 2;
+    while (threads > 1 && rows > kAmxMinTileRows &&
+           heads * ((longest + rows - 1) / rows) < 4 * threads)
+      rows /= 2;
     return rows;
   }
 };

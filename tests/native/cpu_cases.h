@@ -13,6 +13,7 @@ struct Case {
   int batch = 2, heads_q = 2, heads_k = 2, head_dim = 32, head_dim_v = 32;
   int seqlen_q = 40, seqlen_k = 40;
   int left = -1, right = -1;
+  double scale = 1;  // times 1 / sqrt(head_dim)
   double softcap = 0;
   int alibi = 0;  // 1: one slope per head, 2: per (batch entry, head)
   bool sinks = false;
@@ -56,6 +57,26 @@ inline std::vector<Case> all_cases() {
   add("dim_80_96", [&](Case& c) { lengths(c, 100, 100), dims(c, 80, 96), window(c, -1, 0); });
   add("dim_33_gaps",
       [&](Case& c) { lengths(c, 50, 77), dims(c, 33, 41), c.layout = 2, c.dlse = true; });
+  // Around the edges of tiles of 16 and 32 rows, keys and dims, and of tiles of 256 keys.
+  const int edge_q[] = {1, 15, 16, 17, 31, 33, 255, 257},
+            edge_k[] = {257, 16, 15, 33, 255, 31, 1, 17};
+  const int edge_dim[] = {1, 8, 31, 33, 64, 96, 128, 200};
+  for (int i = 0; i < 8; ++i) {
+    const std::string name = "edges_" + std::to_string(edge_q[i]) + "_" + std::to_string(edge_k[i]);
+    add(name.c_str(), [&](Case& c) {
+      c.batch = 1, lengths(c, edge_q[i], edge_k[i]), dims(c, edge_dim[i], edge_dim[7 - i]);
+      window(c, -1, i % 2 ? 0 : -1), c.dlse = true;
+    });
+  }
+  // The greatest score of a row keeps growing along the keys, or is far ahead of all others.
+  add("steep", [&](Case& c) {
+    c.alibi = 1, c.scale = 20, lengths(c, 70, 530), dims(c, 64, 64), c.batch = 1;
+  });
+  add("steep_causal", [&](Case& c) {
+    c.scale = 40, lengths(c, 300, 300), dims(c, 48, 80), window(c, -1, 0), c.batch = 1;
+  });
+  add("scale_negative", [&](Case& c) { c.scale = -1, lengths(c, 60, 90), window(c, -1, 0); });
+  add("scale_zero", [&](Case& c) { c.scale = 0, lengths(c, 60, 90), window(c, -1, 0); });
   add("causal", [&](Case& c) { lengths(c, 200, 200), window(c, -1, 0), c.dlse = true; });
   add("causal_more_keys", [&](Case& c) { lengths(c, 113, 271), window(c, -1, 0); });
   add("causal_more_rows", [&](Case& c) { lengths(c, 271, 113), window(c, -1, 0), c.dlse = true; });

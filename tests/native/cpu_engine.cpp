@@ -236,7 +236,7 @@ class Setup {
 
   void make_options() {
     score_ = {};
-    score_.scale = static_cast<float>(1.0 / std::sqrt(double(c_.head_dim)));
+    score_.scale = static_cast<float>(c_.scale / std::sqrt(double(c_.head_dim)));
     score_.softcap = static_cast<float>(c_.softcap);
     for (int i = 0; i < c_.batch * c_.heads_q; ++i)
       slopes_.push_back(0.02f + 0.13f * static_cast<float>(i));
