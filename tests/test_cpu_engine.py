@@ -8,6 +8,7 @@ verdict.
 import os
 import platform
 import re
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,6 +93,46 @@ def test_an_isa_leaves_nothing_to_merge(isa: str) -> None:
     weak = [line for line in symbols if line.split()[-2:-1] and re.search(r" [WVu] ", line)]
     assert [line for line in weak if "DW.ref.__gxx_personality_v0" not in line] == []
     assert any(re.search(rf" [RD] fal::cpu::kernels_{isa}$", line) for line in symbols)
+
+
+def instructions(isa: str) -> str:
+    command = ["objdump", "-d", "--no-show-raw-insn", engine_objects(["-O3"])[isa]]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 instructions")
+def test_each_isa_uses_its_registers_and_no_others() -> None:
+    assert len(re.findall(r"vfmadd\w+ps .*%zmm", instructions("avx512"))) > 100
+    avx2 = instructions("avx2")
+    assert len(re.findall(r"vfmadd\w+ps .*%ymm", avx2)) > 100
+    assert "%zmm" not in avx2
+    assert "%ymm" not in instructions("baseline")
+
+
+CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+
+
+@pytest.mark.skipif(
+    not (shutil.which(CROSS) and shutil.which(EMULATOR)), reason=f"needs {CROSS} and {EMULATOR}"
+)
+def test_neon_under_an_emulator() -> None:
+    objects = []
+    for source, level in (
+        ("csrc/cpu/attention_neon.cpp", "-O3"),
+        ("csrc/cpu/engine.cpp", "-O3"),
+        ("csrc/cpu/parallel.cpp", "-O3"),
+        ("tests/native/cpu_engine.cpp", "-O2"),
+    ):
+        path = build.ROOT / source
+        output = build.BUILD / f"{path.stem}-aarch64.o"
+        command = [CROSS, *build.CXX_FLAGS, "-fvisibility=hidden", level, "-c", str(path)]
+        objects.append(build.make(output, command, [path], depfile=True))
+    link = [CROSS, "-static", "-pthread", *map(str, objects)]
+    engine = build.make(build.BUILD / "cpu_engine-aarch64", link, objects, depfile=False)
+    # All cases take minutes here; these pass through every file of the engine.
+    for case in ("causal", "everything", "varlen_everything", "paged_5", "nan_value_window"):
+        done = subprocess.run([EMULATOR, engine, "neon", case], capture_output=True, text=True)
+        assert done.stdout == "neon | 3 cases, 0 failures\n", done.stdout + done.stderr
 
 
 def test_the_environment_selects_the_isa() -> None:

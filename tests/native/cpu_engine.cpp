@@ -358,6 +358,11 @@ void run_case(const Case& c, DType dtype, const std::vector<std::string>& isas) 
         printf("FAIL %s: %d threads give other bits\n", where.c_str(), threads);
       }
     }
+    volatile float denormal = 1e-40f;
+    if (denormal * 1.f == 0.f) {
+      ++failures;
+      printf("FAIL %s: denormals are still flushed after the call\n", where.c_str());
+    }
     if (!setup.gaps_untouched())
       ++failures, printf("FAIL %s: wrote between the elements\n", where.c_str());
     const Results ours = setup.results();
