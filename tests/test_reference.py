@@ -111,6 +111,7 @@ def test_reference_equals_scaled_dot_product_attention(heads_k: int, masking: st
         torch.testing.assert_close(ours_grad, theirs_grad)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_reference_equals_flex_attention_with_every_score_modification() -> None:
     generator = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(2, 4, 24, 16, generator=generator) for _ in range(3))
