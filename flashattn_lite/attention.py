@@ -46,7 +46,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """The operator pair. Arguments: those that have a gradient singly, the forward operator's others
+    """The operator pair. Arguments: those that have a gradient singly, the operator's others
     in one tuple (every argument of an autograd.Function costs a tiny call 0.3 us)."""
 
     @staticmethod
