@@ -61,6 +61,7 @@ def test_rounds_end_with_the_budget_between_their_limits() -> None:
     assert rounds_done(Rounds(budget_s=7.0, at_least=3, at_most=100)) == 7
     assert rounds_done(Rounds(budget_s=0.0, at_least=3, at_most=100)) == 3
     assert rounds_done(Rounds(budget_s=1e9, at_least=3, at_most=11)) == 11
+    assert rounds_done(Rounds(budget_s=0.1, at_least=9, at_most=100)) == 3  # long rounds
     with pytest.raises(ValueError, match="at_least is 5 and at_most 3"):
         Rounds(at_least=5, at_most=3)
 

@@ -104,7 +104,7 @@ def test_bench_prints_tables_and_writes_json(
     for part in ("FMA fp32, 1 thread", "absent   ", "4x16x128x64 causal", "Aims", "Losses: "):
         assert part in text
     data = json.loads(path.read_text())
-    assert data["command"] == f"flashattn-lite {' '.join(words)} --json {path}"
+    assert data["command"] == f"flashattn-lite {' '.join(words)}"  # no path of this machine
     assert data["facts"]["torch"]["version"] == torch.__version__
     assert {row["case"]["dtype"] for row in data["rows"]} == {"fp16"}
     assert all(len(s["wall"]) >= 3 for row in data["rows"] for s in row["samples"].values())

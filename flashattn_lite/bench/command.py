@@ -168,7 +168,7 @@ def _measure(known: argparse.Namespace) -> int:
         cold_l2=not known.warm_l2,
     )
     results = Results(
-        command=shlex.join(["flashattn-lite", *known.arguments]),
+        command=_without_paths(known.arguments),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         facts=machine.describe(),
         settings={
@@ -245,6 +245,20 @@ def default_path(results: Results, suites: list[str]) -> Path:
     if root is not None:
         return root / "bench" / "results" / f"{name}.json"
     return Path(f"flashattn-lite-bench-{name}.json")
+
+
+def _without_paths(arguments: list[str]) -> str:
+    """The command as others can repeat it: without where its results go.
+
+    >>> _without_paths(["bench", "--json", "/home/me/r.json", "--quick"])
+    'flashattn-lite bench --quick'
+    """
+    kept = [
+        word
+        for before, word in zip(["", *arguments], arguments, strict=False)
+        if before != "--json" and word not in ("--json", "--no-json")
+    ]
+    return shlex.join(["flashattn-lite", *(w for w in kept if not w.startswith("--json="))])
 
 
 def _device(wanted: str) -> str:

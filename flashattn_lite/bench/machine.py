@@ -173,8 +173,17 @@ def _caches() -> dict[str, str]:
     for index in sorted((PROCESSORS / "cpu0" / "cache").glob("index*")):
         kind = {"Data": "d", "Instruction": "i"}.get(_read(index / "type"), "")
         if kind != "i":
-            sizes[f"L{_read(index / 'level')}{kind}"] = _read(index / "size")
+            sizes[f"L{_read(index / 'level')}{kind}"] = _readable(_read(index / "size"))
     return sizes
+
+
+def _readable(size: str) -> str:
+    """
+    >>> _readable("49152K"), _readable("48K")
+    ('48M', '48K')
+    """
+    kib = int(size[:-1]) if size.endswith("K") and size[:-1].isdigit() else 0
+    return f"{kib // 1024}M" if kib >= 1024 and kib % 1024 == 0 else size
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -32,8 +32,8 @@ def header(results: Results) -> list[str]:
     load = results.facts.get("load", 0.0)
     if load > 0.5 * results.facts["cpu"]["cores"]:
         lines.append(
-            f"NOTE     this machine was busy (load {load:.1f}): figures by wall clock are unsteady, "
-            "those of several\n         threads above all; --clock cpu judges one thread by CPU time"
+            f"NOTE     the machine was busy (load {load:.1f}): figures by wall clock are unsteady, "
+            "those of several\n         threads most; --clock cpu judges one thread by CPU time"
         )
     emulated = results.settings.get("isa")
     if emulated:

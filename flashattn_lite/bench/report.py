@@ -22,8 +22,9 @@ one process, round after round; a ratio is the median over the rounds of PyTorch
 with its quartiles beside it, so above 1 is faster than PyTorch. Each gets the same numbers in the
 memory layout it likes best. "CPU time" is the same ratio by the process's CPU time, which other
 programs on the machine disturb less; it is taken with one thread. The FMA peak is a loop of fused
-multiply-adds on registers, measured in the same rounds; useful floating-point operations count (a
-causal case has half of a dense one's).
+multiply-adds on registers, measured in the same rounds (with one thread both by CPU time); useful
+floating-point operations count, so a causal case has half of a dense one's. A processor with matrix
+units (AMX) goes beyond the FMA peak in 16-bit types.
 """
 
 

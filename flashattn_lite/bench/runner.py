@@ -77,7 +77,7 @@ def cost(case: Case, settings: Settings) -> float:
     slow = 8.0 if case.backward and case.dtype != "fp32" else 2.5
     rate = 5e10 * case.threads if case.device == "cpu" else 1e14
     once = slow * case.flops() / rate
-    return 0.2 + max(settings.rounds.budget_s, (settings.rounds.at_least + 2) * once)
+    return 0.4 + max(settings.rounds.budget_s, (settings.rounds.at_least + 2) * once)
 
 
 def measure(case: Case, settings: Settings) -> Row:
@@ -123,7 +123,7 @@ def _measure_time(case: Case, settings: Settings) -> Row:
     if case.device == "cpu" and case.threads == 1 and row.baseline:
         row.cpu_ratio = ratio(row.samples[row.baseline].cpu, mine.cpu)
     if fma_flops:
-        clock = settings.clock if case.threads == 1 else "wall"
+        clock = "cpu" if case.threads == 1 else "wall"  # what one thread did, not what it waited
         pairs = zip(row.samples[FMA].of(clock), mine.of(clock), strict=True)
         row.peak = statistics.median(case.flops() / t / (fma_flops / p) for p, t in pairs)
     return row
@@ -174,7 +174,7 @@ def _inexact(
             row.error, row.budget_used = found.error, found.used
         if not found.exact:
             row.failure = (
-                f"{name} is inexact: {found.worst} uses {found.used:.2f} times its error budget"
+                f"{name} is inexact: {found.worst} uses {found.used:.3g} times its error budget"
             )
             return True
     return False

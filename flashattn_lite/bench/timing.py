@@ -105,8 +105,9 @@ class CudaClock:
 
 @dataclass(frozen=True)
 class Rounds:
-    """How long to measure: until ``budget_s`` is spent, but at least and at most so many rounds;
-    a sample repeats its call until it takes ``min_sample_s``."""
+    """How long to measure: until ``budget_s`` is spent, but at least and at most so many rounds
+    (three do when four times the budget is spent); a sample repeats its call until it takes
+    ``min_sample_s``."""
 
     budget_s: float = 0.8
     at_least: int = 5
@@ -119,6 +120,10 @@ class Rounds:
                 f"Rounds: at_least is {self.at_least} and at_most {self.at_most}; "
                 "they must be 1 <= at_least <= at_most"
             )
+
+    def enough(self, done: int, spent_s: float) -> bool:
+        long = done >= min(3, self.at_least) and spent_s >= 4 * self.budget_s > 0
+        return long or (done >= self.at_least and spent_s >= self.budget_s)
 
 
 def interleave(
@@ -137,7 +142,7 @@ def interleave(
     samples = {name: Samples() for name in contenders}
     spent = 0.0
     for done in range(rounds.at_most):
-        if done >= rounds.at_least and spent >= rounds.budget_s:
+        if rounds.enough(done, spent):
             break
         for name, contender in contenders.items():
             _enter(contender)
