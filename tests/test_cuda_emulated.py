@@ -130,7 +130,7 @@ def test_dropout_is_its_definition(algorithm: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_rows_of_no_sequence_are_cleared(algorithm: str) -> None:
-    """Behind the last of cu_seqlens: outputs and gradients are 0, LSE is -inf, inputs are unread."""
+    """Behind the last of cu_seqlens, outputs and gradients are 0, LSE -inf; nothing is read."""
     cu_q, cu_k = (torch.tensor(c, dtype=torch.int32) for c in ([0, 70, 70, 81], [0, 20, 64, 90]))
     generator = torch.Generator().manual_seed(2)
     q, dout = (torch.randn(100, 4, 64, generator=generator).bfloat16() for _ in range(2))

@@ -9,13 +9,12 @@
 // atomics. dQ is summed in device memory, or left to flash2_backward_rows.cuh when bits must
 // repeat.
 //
-// The scores are computed transposed: a warp has 16 keys, so the accumulators of S^T and dP^T,
-// packed, are the A operands of dV and dK. Where that takes too many registers (kWideTile is false)
-// two warps share 16 keys: each does half of the rows of S^T, then all rows for half of the columns
-// of dK and dV, and P^T passes through shared memory between.
+// The scores are computed transposed, four warps over the keys and two over the rows: dK and dV
+// then accumulate over rows in each warp's own keys. P^T and dS^T pass through shared memory, where
+// a pair of warps shares them: for dK and dV each has all rows and half of the columns.
 //
 // Shared memory:  K V [kTileN][kHeadDim] | kStages of Q, dO [kTileM][kHeadDim] and LSE, delta
-//                 [kTileM] | dS^T (P^T) [kTileN][kTileM]
+//                 [kTileM] | P^T, dS^T [kTileN][kTileM]
 #pragma once
 
 #include "../core/dispatch.h"
@@ -37,17 +36,17 @@ struct Flash2BackwardConfig {
   static_assert(kHeadDim % 64 == 0 && kHeadDim <= 256, "the swizzle's unit; the register file");
 
   static constexpr int kTileM = kBackwardRows;
-  // With 16 keys a warp, dK and dV take kHeadDim registers a thread: at 128 they fit beside plain
-  // scores, beside modified ones they do not.
+  // 32 keys a warp: every fragment of Q and dO serves two products, of K and V too (32 x 32 scores
+  // a warp). dK and dV take kHeadDim registers a thread then, which is too much beside the modified
+  // scores at 128 and beside anything above.
   static constexpr bool kWideTile = kHeadDim <= (ScoreMod::kGeneral ? 64 : 128);
   static constexpr int kTileN = kWideTile ? 128 : 64;
-  static constexpr int kWarps = 8;
+  static constexpr int kWarpsK = 4, kWarpsM = 2;  // over keys; over rows, later over columns
+  static constexpr int kWarps = kWarpsK * kWarpsM;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kWarpsK = kTileN / 16;               // warps over the keys
-  static constexpr int kWarpsD = kWarps / kWarpsK;          // warps that share 16 keys
-  static constexpr int kRowsOfWarp = kTileM / kWarpsD;      // query rows of a warp's S^T
-  static constexpr int kColumns8 = kHeadDim / 8 / kWarpsD;  // 8-column groups of dK and dV
-  static_assert(kWarpsD == 1 || kWarpsD == 2, "P^T is exchanged between pairs");
+  static constexpr int kM = kTileN / 16 / kWarpsK;          // 16-key groups of a warp
+  static constexpr int kRowsOfWarp = kTileM / kWarpsM;      // of S^T and dP^T
+  static constexpr int kColumns8 = kHeadDim / 8 / kWarpsM;  // 8-column groups of dK and dV
   // Loads of the next tile run under this one's products; at 256 there is no room for a second.
   static constexpr int kStages = kHeadDim <= 192 ? 2 : 1;
   static_assert(kThreads == DqTile<kHeadDim>::kThreads, "dQ's sums are laid out for this block");
@@ -64,8 +63,8 @@ struct Flash2BackwardSmem {
   alignas(128) Element k[Config::kTileN][Config::kHeadDim];  // dK in the end
   alignas(128) Element v[Config::kTileN][Config::kHeadDim];  // dV in the end
   alignas(128) Stage stage[Config::kStages];
+  alignas(128) Element p[Config::kTileN][Config::kTileM];  // transposed: [key][row]
   alignas(128) Element ds[Config::kTileN][Config::kTileM];
-  alignas(128) Element p[Config::kWarpsD == 1 ? 0 : Config::kTileN][Config::kTileM];
 };
 
 // Walks the tiles of rows of every query head of a group: the same tiles for each.
@@ -91,7 +90,8 @@ struct GroupTiles {
 };
 
 // What turns S^T and dP^T into P^T (dropped and rescaled, for dV) and dS^T, element by element.
-// Accumulator (n, e) is key e / 2 * 8 + g and row n * 8 + 2c + e % 2 of the warp's tile.
+// Accumulator (m, n, e) is key m * 16 + e / 2 * 8 + g and row n * 8 + 2c + e % 2 of the warp's
+// tile.
 template <class ScoreMod>
 struct Flash2BackwardScores {
   ScoreMod mod;
@@ -99,19 +99,26 @@ struct Flash2BackwardScores {
   uint32_t batch_head;
   float scale, keep_scale;
 
-  template <int kN8>
-  __device__ __forceinline__ void apply(float (&s)[1][kN8][4], float (&dp)[1][kN8][4],
+  template <int kM, int kN8>
+  __device__ __forceinline__ void apply(float (&s)[kM][kN8][4], float (&dp)[kM][kN8][4],
                                         uint32_t smem_lse, uint32_t smem_delta, const Band& band,
                                         bool masked, int row, int key, int lane) const {
     // The transposed fragment has two rows and two keys of 16 x 16 elements, which lie in two of
     // Philox's blocks: half of each block's draws are other lanes'.
-    PhiloxBits bits[2] = {};
-    Range rows[2];  // that see the lane's two keys, from `row` on
+    PhiloxBits bits[kM][2] = {};
+    Range rows[kM][2];  // that see the lane's keys, from `row` on
+    if constexpr (ScoreMod::kGeneral) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int j = key + half * 8;
-      rows[half] = j < band.seqlen_k ? band.rows_of_any({j, j + 1}) : Range{0, 0};
-      rows[half] = masked ? Range{rows[half].begin - row, rows[half].end - row} : Range{0, kN8 * 8};
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int j = key + m * 16 + half * 8;
+          const Range seen = j < band.seqlen_k ? band.rows_of_any({j, j + 1}) : Range{0, 0};
+          rows[m][half] = masked ? Range{seen.begin - row, seen.end - row} : Range{0, kN8 * 8};
+        }
+      }
+    } else if (masked) {
+      mask_scores_transposed(s, band, row, key);  // modified, -inf might not stay -inf
     }
 #pragma unroll
     for (int n = 0; n < kN8; ++n) {
@@ -119,48 +126,35 @@ struct Flash2BackwardScores {
       const float2 lse2 = ptx::load_shared<float2>(smem_lse + offset);
       const float2 delta2 = ptx::load_shared<float2>(smem_delta + offset);
       const float lse[2] = {lse2.x, lse2.y}, delta[2] = {delta2.x, delta2.y};
-      if (ScoreMod::kGeneral && dropout.threshold && n % 2 == 0) {
-        bits[0] = dropout.block(batch_head, row + n * 8, key);
-        bits[1] = dropout.block(batch_head, row + n * 8 + 1, key);
-      }
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int i = n * 8 + e % 2;
-        float log2_p = s[0][n][e] * scale, derivative = 1.f;
-        if constexpr (ScoreMod::kGeneral) {
-          derivative = mod.derivative(log2_p);
-          log2_p = mod.value(log2_p, row + i, key + e / 2 * 8, 0.f) * kLog2e;
+      for (int m = 0; m < kM; ++m) {
+        if (ScoreMod::kGeneral && dropout.threshold && n % 2 == 0) {
+          bits[m][0] = dropout.block(batch_head, row + n * 8, key + m * 16);
+          bits[m][1] = dropout.block(batch_head, row + n * 8 + 1, key + m * 16);
         }
-        float p = ptx::ex2(log2_p - lse[e % 2]);
-        if (!rows[e / 2].contains(i)) p = 0.f;
-        float dp_dropped = dp[0][n][e], p_dropped = p;
-        if constexpr (ScoreMod::kGeneral) {
-          const uint32_t word = bits[e % 2].word[n % 2 * 2 + e / 2];
-          const bool keep = (word >> (16 * (key & 1)) & 0xffffu) >= dropout.threshold;
-          dp_dropped = keep ? dp_dropped * keep_scale : 0.f;
-          p_dropped = keep ? p * keep_scale : 0.f;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int i = n * 8 + e % 2, j = m * 16 + e / 2 * 8;
+          float p, p_dropped, dp_dropped = dp[m][n][e], derivative = 1.f;
+          if constexpr (!ScoreMod::kGeneral) {
+            p = p_dropped = ptx::ex2(fmaf(s[m][n][e], scale, -lse[e % 2]));
+          } else {
+            const float scaled = s[m][n][e] * scale;
+            const float score = mod.value(scaled, row + i, key + j, 0.f);
+            derivative = mod.derivative(scaled);
+            p = rows[m][e / 2].contains(i) ? ptx::ex2(fmaf(score, kLog2e, -lse[e % 2])) : 0.f;
+            const uint32_t word = bits[m][e % 2].word[n % 2 * 2 + e / 2];
+            const bool keep = (word >> (16 * (key & 1)) & 0xffffu) >= dropout.threshold;
+            dp_dropped = keep ? dp_dropped * keep_scale : 0.f;
+            p_dropped = keep ? p * keep_scale : 0.f;
+          }
+          s[m][n][e] = p_dropped;
+          dp[m][n][e] = p * (dp_dropped - delta[e % 2]) * derivative;
         }
-        s[0][n][e] = p_dropped;
-        dp[0][n][e] = p * (dp_dropped - delta[e % 2]) * derivative;
       }
     }
   }
 };
-
-// Writes packed accumulators of 16 keys, as P^T or dS^T, into a [key][row] tile.
-template <int kTileM, int kSteps>
-__device__ __forceinline__ void store_transposed(uint32_t smem_tile, int key, int row,
-                                                 const FragmentsA<1, kSteps>& frag, int lane) {
-#pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const uint32_t offset =
-          TileLayout<kTileM>::offset(key + r % 2 * 8 + lane / 4, row / 8 + 2 * k + r / 2);
-      ptx::store_shared(smem_tile + offset + lane % 4 * 4, frag.r[k][0][r]);
-    }
-  }
-}
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
@@ -171,7 +165,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   using Dq = DqTile<Config::kHeadDim>;
   constexpr int kDim = Config::kHeadDim, kTileM = Config::kTileM, kTileN = Config::kTileN;
   constexpr int kThreads = Config::kThreads, kN8 = Config::kRowsOfWarp / 8;
-  constexpr bool kGeneral = ScoreMod::kGeneral, kExchange = Config::kWarpsD > 1;
+  constexpr int kM = Config::kM;
+  constexpr bool kGeneral = ScoreMod::kGeneral;
   const BackwardProblem& problem = args.problem;
   const ForwardProblem& forward = problem.forward;
   const Shape& shape = forward.shape;
@@ -187,7 +182,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const uint32_t smem_k = smem + offsetof(Smem, k), smem_v = smem + offsetof(Smem, v);
   const uint32_t smem_ds = smem + offsetof(Smem, ds), smem_p = smem + offsetof(Smem, p);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int warp_key = warp / Config::kWarpsD * 16, share = warp % Config::kWarpsD;
+  const int warp_key = warp / Config::kWarpsM * kM * 16, share = warp % Config::kWarpsM;
   const int warp_row = share * Config::kRowsOfWarp;
 
   const Band band = Band::make(seq.seqlen_q, seq.seqlen_k, forward.window);
@@ -218,9 +213,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 
   GroupTiles cursor = GroupTiles::make(DenseTilesOfKeys::make(band, keys, kTileM), head_k * group,
                                        (head_k + 1) * group);
-  Tile tile, next;
+  Tile tile;
   int h = 0, next_h = 0;
-  bool more = cursor.next(&tile, &h);
+  bool more = cursor.next(&tile, &next_h);
   if (more) {
     const ContiguousKv<T> kv = ContiguousKv<T>::make(forward.kv, seq, b, head_k);
     load_tile<T, kDim, kTileN, kThreads, kGeneral>(
@@ -229,12 +224,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     load_tile<T, kDim, kTileN, kThreads, kGeneral>(
         smem_v, {0, keys.size()}, shape.head_dim_v, args.aligned,
         StridedRows<T>{kv.v_row(keys.begin), kv.v_stride});
-    load_rows(0, tile, h);
+    load_rows(0, tile, next_h);
   }
   ptx::cp_async_commit();
 
   const Dropout dropout{forward.score.dropout_seed, forward.score.dropout_threshold};
-  float acc_dk[1][Config::kColumns8][4], acc_dv[1][Config::kColumns8][4];
+  float acc_dk[kM][Config::kColumns8][4], acc_dv[kM][Config::kColumns8][4];
   clear(acc_dk);
   clear(acc_dv);
   int stage = 0;
@@ -243,14 +238,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     // This tile has landed, and every warp is done with the last one's buffers and dS.
     ptx::cp_async_wait<0>();
     __syncthreads();
-    more = cursor.next(&next, &next_h);
-    if (Config::kStages == 2 && more) load_rows(stage ^ 1, next, next_h);
+    h = next_h;
+    const int row_begin = tile.range.begin;
+    // Zeros behind the last key have scores too: exp(0 - LSE) may be anything.
+    const bool masked = tile.kind == TileKind::kPartial || keys.size() < kTileN;
+    more = cursor.next(&tile, &next_h);
+    if (Config::kStages == 2 && more) load_rows(stage ^ 1, tile, next_h);
     ptx::cp_async_commit();
     const uint32_t smem_q = smem_stage(stage) + offsetof(typename Smem::Stage, q);
     const uint32_t smem_dout = smem_stage(stage) + offsetof(typename Smem::Stage, dout);
     const uint32_t smem_lse = smem_stage(stage) + offsetof(typename Smem::Stage, lse);
 
-    float acc_s[1][kN8][4], acc_dp[1][kN8][4];
+    float acc_s[kM][kN8][4], acc_dp[kM][kN8][4];
     clear(acc_s);
     clear(acc_dp);
     multiply_nt<T, kDim / 16, 2>(acc_s, address_rows_first<kDim>(smem_k, warp_key, lane),
@@ -263,39 +262,29 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         static_cast<uint32_t>(b * shape.heads_q + h),
         kGeneral ? forward.score.scale : forward.score.scale * kLog2e,
         dropout.threshold ? dropout.keep_scale() : 1.f};
-    // Zeros behind the last key have scores too: exp(0 - LSE) may be anything.
-    const bool masked = tile.kind == TileKind::kPartial || keys.size() < kTileN;
     scores.apply(acc_s, acc_dp, smem_lse + warp_row * sizeof(float),
                  smem_lse + (kTileM + warp_row) * sizeof(float), band, masked,
-                 tile.range.begin + warp_row + lane % 4 * 2, keys.begin + warp_key + lane / 4,
-                 lane);
-    FragmentsA<1, kN8 / 2> frag_p, frag_ds;
-    pack_fragments<T>(frag_p, acc_s);
-    pack_fragments<T>(frag_ds, acc_dp);
-    store_transposed<kTileM>(smem_ds, warp_key, warp_row, frag_ds, lane);
-    if constexpr (kExchange) {
-      store_transposed<kTileM>(smem_p, warp_key, warp_row, frag_p, lane);
-    } else {
-      multiply_nn<T, kTileM / 16>(acc_dv, frag_p, address_rows_first<kDim>(smem_dout, 0, lane));
-      multiply_nn<T, kTileM / 16>(acc_dk, frag_ds, address_rows_first<kDim>(smem_q, 0, lane));
-    }
-    __syncthreads();  // dS^T (and P^T) of all keys and rows is there
-    if constexpr (kExchange) {
-      FragmentsA<1, kTileM / 16> frag;
-      load_fragments(frag, address_rows_first<kTileM>(smem_p, warp_key, lane));
-      multiply_nn<T, kTileM / 16, Config::kWarpsD>(
-          acc_dv, frag, address_rows_first<kDim>(smem_dout, 0, lane, share));
-      load_fragments(frag, address_rows_first<kTileM>(smem_ds, warp_key, lane));
-      multiply_nn<T, kTileM / 16, Config::kWarpsD>(
-          acc_dk, frag, address_rows_first<kDim>(smem_q, 0, lane, share));
-    }
+                 row_begin + warp_row + lane % 4 * 2, keys.begin + warp_key + lane / 4, lane);
+    float ones[kM][2];
+    fill(ones, 1.f);
+    stage_rows<T, kTileM>(smem_p, warp_key, acc_s, ones, lane, warp_row / 16);
+    stage_rows<T, kTileM>(smem_ds, warp_key, acc_dp, ones, lane, warp_row / 16);
+    __syncthreads();  // P^T and dS^T of all keys and rows are there
+
+    FragmentsA<kM, kTileM / 16> frag;
+    load_fragments(frag, address_rows_first<kTileM>(smem_p, warp_key, lane));
+    multiply_nn<T, kTileM / 16, Config::kWarpsM>(
+        acc_dv, frag, address_rows_first<kDim>(smem_dout, 0, lane, share));
+    load_fragments(frag, address_rows_first<kTileM>(smem_ds, warp_key, lane));
+    multiply_nn<T, kTileM / 16, Config::kWarpsM>(acc_dk, frag,
+                                                 address_rows_first<kDim>(smem_q, 0, lane, share));
     if (workspace.dq) {
       float acc_dq[Dq::kM][Dq::kN8][4];
       clear(acc_dq);
       multiply_tn<T, kTileN / 16, Dq::kWarpsN>(
           acc_dq, address_columns_first<kTileM>(smem_ds, 0, lane, warp / Dq::kWarpsN * Dq::kM),
           address_rows_first<kDim>(smem_k, 0, lane, warp % Dq::kWarpsN));
-      float* sums = workspace.dq_tile(first_tile + tile.range.begin / kTileM, h);
+      float* sums = workspace.dq_tile(first_tile + row_begin / kTileM, h);
 #pragma unroll
       for (int m = 0; m < Dq::kM; ++m) {
 #pragma unroll
@@ -304,21 +293,20 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
     if constexpr (Config::kStages == 1) {
       __syncthreads();  // nobody reads Q and dO any more
-      if (more) load_rows(0, next, next_h);
+      if (more) load_rows(0, tile, next_h);
       ptx::cp_async_commit();
     } else {
       stage ^= 1;
     }
-    tile = next;
-    h = next_h;
   }
   ptx::cp_async_wait<0>();
   __syncthreads();  // nobody reads K and V any more
 
-  const float dk_factor[1][2] = {{forward.score.scale, forward.score.scale}};
-  const float dv_factor[1][2] = {{1.f, 1.f}};
-  stage_rows<T, kDim, Config::kWarpsD>(smem_k, warp_key, acc_dk, dk_factor, lane, share);
-  stage_rows<T, kDim, Config::kWarpsD>(smem_v, warp_key, acc_dv, dv_factor, lane, share);
+  float dk_factor[kM][2], dv_factor[kM][2];
+  fill(dk_factor, forward.score.scale);
+  fill(dv_factor, 1.f);
+  stage_rows<T, kDim, Config::kWarpsM>(smem_k, warp_key, acc_dk, dk_factor, lane, share);
+  stage_rows<T, kDim, Config::kWarpsM>(smem_v, warp_key, acc_dv, dv_factor, lane, share);
   __syncthreads();
   const View<T> dk = problem.dk.as<T>(), dv = problem.dv.as<T>();
   const int64_t row_k = seq.row_k + keys.begin;

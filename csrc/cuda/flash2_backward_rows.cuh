@@ -146,23 +146,31 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if (dropout.threshold) drop(acc_dp, dropout, b * shape.heads_q + h, lane_row, key);
     }
     Range keys[2];  // that the lane's two rows see, from `key` on
+    if constexpr (kGeneral) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      keys[half] = band.keys_of(lane_row + half * 8);
-      keys[half] = masked ? Range{keys[half].begin - key, keys[half].end - key} : Range{0, kTileN};
+      for (int half = 0; half < 2; ++half) {
+        const Range seen = band.keys_of(lane_row + half * 8);
+        keys[half] = masked ? Range{seen.begin - key, seen.end - key} : Range{0, kTileN};
+      }
+    } else if (masked) {
+      mask_scores(acc_s, band, lane_row, key);  // modified, -inf might not stay -inf
     }
 #pragma unroll
     for (int n = 0; n < kN8; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int j = n * 8 + e % 2;
-        float log2_p = acc_s[0][n][e] * scale, derivative = 1.f;
-        if constexpr (kGeneral) {
-          derivative = mod.derivative(log2_p);
-          log2_p = mod.value(log2_p, lane_row + e / 2 * 8, key + j, 0.f) * kLog2e;
+        if constexpr (!kGeneral) {
+          const float p = ptx::ex2(fmaf(acc_s[0][n][e], scale, -lse[e / 2]));
+          acc_s[0][n][e] = p * (acc_dp[0][n][e] - delta[e / 2]);
+        } else {
+          const int j = n * 8 + e % 2;
+          const float scaled = acc_s[0][n][e] * scale;
+          const float score = mod.value(scaled, lane_row + e / 2 * 8, key + j, 0.f);
+          const float p =
+              keys[e / 2].contains(j) ? ptx::ex2(fmaf(score, kLog2e, -lse[e / 2])) : 0.f;
+          acc_s[0][n][e] =
+              p * (acc_dp[0][n][e] * keep_scale - delta[e / 2]) * mod.derivative(scaled);
         }
-        const float p = keys[e / 2].contains(j) ? ptx::ex2(log2_p - lse[e / 2]) : 0.f;
-        acc_s[0][n][e] = p * (acc_dp[0][n][e] * keep_scale - delta[e / 2]) * derivative;
       }
     }
     FragmentsA<1, kN8 / 2> frag_ds;

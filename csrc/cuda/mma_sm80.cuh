@@ -302,7 +302,14 @@ __device__ __forceinline__ void multiply_tn(float (&acc)[kM][kN8][4], FragmentAd
   }
 }
 
-// ---- epilogue ---------------------------------------------------------------------------------
+// ---- from registers to tiles, from tiles to device memory -------------------------------------
+// One factor for all rows.
+template <int kM>
+__device__ __forceinline__ void fill(float (&factor)[kM][2], float value) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) factor[m][0] = factor[m][1] = value;
+}
+
 // Writes 16 * kM rows of accumulators, times a factor per row, into rows row0 .. of a tile; their
 // columns are the 16-column groups `group`, group + kColumnStride, ...
 template <class T, int kDim, int kColumnStride = 1, int kM, int kN8>

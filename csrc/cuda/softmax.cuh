@@ -64,6 +64,30 @@ __device__ __forceinline__ void mask_scores(float (&s)[kM][kN8][4], const Band& 
   }
 }
 
+// The same for transposed scores: element (m, n, e) is key m * 16 + e / 2 * 8 + g and row n * 8 +
+// 2c + e % 2. Keys behind the last have zeros for scores and are hidden too.
+template <int kM, int kN8>
+__device__ __forceinline__ void mask_scores_transposed(float (&s)[kM][kN8][4], const Band& band,
+                                                       int row, int key) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int j = key + m * 16 + half * 8;
+      const Range rows = j < band.seqlen_k ? band.rows_of_any({j, j + 1}) : Range{0, 0};
+      const int begin = rows.begin - row, end = rows.end - row;
+#pragma unroll
+      for (int n = 0; n < kN8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int i = n * 8 + e;
+          if (i < begin || i >= end) s[m][n][half * 2 + e] = -FAL_INFINITY;
+        }
+      }
+    }
+  }
+}
+
 // Zeroes the probabilities that dropout drops; the survivors' scale is left to the epilogue. One
 // Philox call serves the lane's eight elements of a 16 x 16 block; row and key begin such blocks.
 template <int kM, int kN8>
