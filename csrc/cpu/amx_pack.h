@@ -10,6 +10,8 @@
 // each a tile of 1 KiB, 64 bytes a row.
 #pragma once
 
+#include <type_traits>
+
 #include "amx.h"
 #include "pack.h"
 
@@ -20,34 +22,74 @@ FAL_INLINE __m512i load_row_32(const BFloat16* row, int n) {
   if (n >= 32) return _mm512_loadu_si512(row);
   return _mm512_maskz_loadu_epi16((__mmask32{1} << max_int(n, 0)) - 1, row);
 }
-// The first n <= 16 elements of a row, each in the lower half of a 32-bit lane.
-FAL_INLINE __m512i load_row_16(const BFloat16* row, int n) {
-  if (n >= 16) return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)row));
-  const __mmask16 first = static_cast<__mmask16>((1u << max_int(n, 0)) - 1);
-  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, row));
+// The first n <= 16 elements of a row, zeros after them.
+FAL_INLINE __m256i load_row_16(const BFloat16* row, int n) {
+  if (n >= 16) return _mm256_loadu_si256((const __m256i*)row);
+  return _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << max_int(n, 0)) - 1), row);
 }
+
+// Side by side in 32-bit lanes: even in the lower half, odd in the upper one.
+FAL_INLINE __m512i pair_rows(__m256i even, __m256i odd) {
+  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
+}
+
 FAL_INLINE void store_tile_row(char* tile, int row, __m512i x) {
   _mm512_store_si512(tile + row * 64, x);
+}
+FAL_INLINE void store_transposed(Float (&block)[16], char* tile) {
+  transpose(block);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) store(reinterpret_cast<float*>(tile) + i * 16, block[i]);
+}
+
+// Where up to 32 rows are; only the first n exist. Asked once a row, not once a row and step:
+// `whole` blocks then load without a branch.
+struct RowBlock {
+  const BFloat16* row[32];
+  int n;
+
+  template <class Rows>
+  FAL_INLINE RowBlock(const Rows& rows, int first, int end, int size)
+      : n(min_int(end - first, size)) {
+    for (int i = 0; i < n; ++i) row[i] = rows(first + i);
+  }
+  // Elements [d, d + 32) of row i of a tensor of `dims` dims.
+  template <bool kWhole>
+  FAL_INLINE __m512i load_32(int i, int d, int dims) const {
+    if constexpr (kWhole) return _mm512_loadu_si512(row[i] + d);
+    return i < n ? load_row_32(row[i] + d, dims - d) : _mm512_setzero_si512();
+  }
+  template <bool kWhole>
+  FAL_INLINE __m256i load_16(int i, int d, int dims) const {
+    if constexpr (kWhole) return _mm256_loadu_si256((const __m256i*)(row[i] + d));
+    return i < n ? load_row_16(row[i] + d, dims - d) : _mm256_setzero_si256();
+  }
+};
+
+template <class F>
+FAL_INLINE void if_whole(bool whole, F&& f) {
+  whole ? f(std::true_type{}) : f(std::false_type{});
 }
 
 // -> row tiles of round_up(n, 32) rows.
 template <class Rows>
 FAL_INLINE void pack_row_tiles(const Rows& rows, int n, int dims, char* out) {
-  const int steps = (dims + kTileDepth - 1) / kTileDepth;
-  for (int r = 0; r < round_up(n, kBlock); ++r) {
-    char* tile = out + static_cast<int64_t>(r / 16) * steps * kTileBytes;
-    for (int s = 0; s < steps; ++s, tile += kTileBytes) {
-      store_tile_row(tile, r % 16,
-                     r < n ? load_row_32(rows(r) + s * kTileDepth, dims - s * kTileDepth)
-                           : _mm512_setzero_si512());
+  for (int r = 0; r < round_up(n, kBlock); r += 16) {
+    const RowBlock block(rows, r, n, 16);
+    for (int d = 0; d < dims; d += kTileDepth, out += kTileBytes) {
+      if_whole(
+          block.n == 16 && d + kTileDepth <= dims, [&](auto whole) __attribute__((always_inline)) {
+#pragma GCC unroll 16
+            for (int i = 0; i < 16; ++i) {
+              store_tile_row(out, i, block.template load_32<decltype(whole)::value>(i, d, dims));
+            }
+          });
     }
   }
-}
-
-FAL_INLINE void store_transposed(Float (&block)[16], char* tile) {
-  transpose(block);
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) store(reinterpret_cast<float*>(tile) + i * 16, block[i]);
 }
 
 // -> pair tiles of round_up(n, 32) rows.
@@ -55,16 +97,18 @@ template <class Rows>
 FAL_INLINE void pack_pair_tiles(const Rows& rows, int n, int dims, char* out) {
   const int steps = (dims + kTileDepth - 1) / kTileDepth;
   for (int r = 0; r < round_up(n, kBlock); r += 16) {
+    const RowBlock block(rows, r, n, 16);
     char* tile = out + (static_cast<int64_t>(r / kBlock) * steps * 2 + r / 16 % 2) * kTileBytes;
-    for (int s = 0; s < steps; ++s, tile += 2 * kTileBytes) {
-      Float block[16];
+    for (int d = 0; d < dims; d += kTileDepth, tile += 2 * kTileBytes) {
+      if_whole(block.n == 16 && d + kTileDepth <= dims,
+               [&](auto whole) __attribute__((always_inline)) {
+                 Float lanes[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        block[i] = r + i < n
-                       ? (Float)load_row_32(rows(r + i) + s * kTileDepth, dims - s * kTileDepth)
-                       : set1(0.f);
-      }
-      store_transposed(block, tile);
+                 for (int i = 0; i < 16; ++i) {
+                   lanes[i] = (Float)block.template load_32<decltype(whole)::value>(i, d, dims);
+                 }
+                 store_transposed(lanes, tile);
+               });
     }
   }
 }
@@ -73,20 +117,22 @@ FAL_INLINE void pack_pair_tiles(const Rows& rows, int n, int dims, char* out) {
 // written, and for round_up(dims, 32) dims.
 template <class Rows>
 FAL_INLINE void pack_depth_tiles(const Rows& rows, int n, int capacity, int dims, char* out) {
-  const int steps = capacity / kTileDepth;
+  const int64_t stride = static_cast<int64_t>(capacity / kTileDepth) * kTileBytes;
   for (int r = 0; r < n; r += kTileDepth) {
-    for (int d = 0; d < round_up(dims, kBlock); d += 16) {
-      Float block[16];
+    const RowBlock block(rows, r, n, kTileDepth);
+    char* tile = out + r / kTileDepth * kTileBytes;
+    for (int d = 0; d < round_up(dims, kBlock); d += 16, tile += stride) {
+      if_whole(block.n == kTileDepth && d + 16 <= dims,
+               [&](auto whole) __attribute__((always_inline)) {
+                 constexpr bool kWhole = decltype(whole)::value;
+                 Float pairs[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        const int even = r + 2 * i;
-        __m512i x = _mm512_setzero_si512(), y = x;
-        if (even < n) x = load_row_16(rows(even) + d, dims - d);
-        if (even + 1 < n) y = load_row_16(rows(even + 1) + d, dims - d);
-        block[i] = (Float)_mm512_or_si512(x, _mm512_slli_epi32(y, 16));
-      }
-      store_transposed(block,
-                       out + (static_cast<int64_t>(d / 16) * steps + r / kTileDepth) * kTileBytes);
+                 for (int i = 0; i < 16; ++i) {
+                   pairs[i] = (Float)pair_rows(block.template load_16<kWhole>(2 * i, d, dims),
+                                               block.template load_16<kWhole>(2 * i + 1, d, dims));
+                 }
+                 store_transposed(pairs, tile);
+               });
     }
   }
 }
@@ -94,14 +140,18 @@ FAL_INLINE void pack_depth_tiles(const Rows& rows, int n, int capacity, int dims
 // -> row pairs of round_up(n, 32) rows and round_up(dims, 32) dims.
 template <class Rows>
 FAL_INLINE void pack_row_pairs(const Rows& rows, int n, int dims, char* out) {
-  const int blocks = round_up(dims, kBlock) / 16;
-  for (int r = 0; r < round_up(n, kBlock); r += 2) {
-    char* tile = out + static_cast<int64_t>(r / kBlock) * blocks * kTileBytes;
-    for (int d = 0; d < blocks * 16; d += 16, tile += kTileBytes) {
-      __m512i x = _mm512_setzero_si512(), y = x;
-      if (r < n) x = load_row_16(rows(r) + d, dims - d);
-      if (r + 1 < n) y = load_row_16(rows(r + 1) + d, dims - d);
-      store_tile_row(tile, r % kBlock / 2, _mm512_or_si512(x, _mm512_slli_epi32(y, 16)));
+  for (int r = 0; r < n; r += kBlock) {
+    const RowBlock block(rows, r, n, kBlock);
+    for (int d = 0; d < round_up(dims, kBlock); d += 16, out += kTileBytes) {
+      if_whole(block.n == kBlock && d + 16 <= dims, [&](auto whole) __attribute__((always_inline)) {
+        constexpr bool kWhole = decltype(whole)::value;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) {
+          store_tile_row(out, i,
+                         pair_rows(block.template load_16<kWhole>(2 * i, d, dims),
+                                   block.template load_16<kWhole>(2 * i + 1, d, dims)));
+        }
+      });
     }
   }
 }

@@ -180,11 +180,15 @@ FAL_INLINE void store_bits(void* p, UShort x) { memcpy(p, &x, sizeof x); }
 
 // Round to nearest even; a NaN stays a NaN (made quiet, its upper payload kept).
 FAL_INLINE void store(BFloat16* p, Float x) {
+#if defined(__AVX512BF16__)
+  store_bits(p, (UShort)_mm512_cvtneps_pbh(x));
+#else
   const UInt u = (UInt)x;
   const UInt rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const UInt quiet = (u >> 16) | 0x40u;
   const UInt bits = (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
   store_bits(p, __builtin_convertvector(bits, UShort));
+#endif
 }
 
 FAL_INLINE void store(Half* p, Float x) {
