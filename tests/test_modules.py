@@ -574,3 +574,14 @@ def test_attention_refuses_what_it_cannot_do() -> None:
 
 def test_the_names_are_at_the_top_level_too() -> None:
     assert flashattn_lite.nn is fal_nn
+
+
+def test_multihead_attention_compiles_without_a_graph_break() -> None:
+    _, ours = pair(batch_first=True)
+    x, hidden = torch.randn(2, 5, E), torch.arange(5) >= torch.tensor([[3], [5]])
+
+    def forward(x: Tensor, hidden: Tensor) -> Tensor:
+        return ours(x, x, x, key_padding_mask=hidden, need_weights=False)[0]
+
+    compiled = torch.compile(forward, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, hidden), forward(x, hidden))

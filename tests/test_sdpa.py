@@ -518,6 +518,19 @@ def test_what_cannot_run_raises_or_is_counted() -> None:
         functional.scaled_dot_product_attention(nested, nested, nested)
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+def test_tensor_subclasses_stay_with_torch() -> None:
+    t = torch.ones(1, 2, 4, 8).as_subclass(Subclass)
+    with use_as_sdpa(), pytest.raises(ArgumentError, match="tensor subclass Subclass cannot run"):
+        functional.scaled_dot_product_attention(t, t, t)
+    with use_as_sdpa(unsupported="torch") as calls:
+        assert type(functional.scaled_dot_product_attention(t, t, t)) is Subclass
+    assert calls.torch == {"tensor subclass Subclass": 1} and not calls.ours
+
+
 def test_a_wrong_policy_is_refused() -> None:
     with (
         pytest.raises(ArgumentError, match="unsupported is 'ignore'"),
@@ -542,3 +555,23 @@ def test_sdpa_is_attention_transposed() -> None:
     q, k, v = torch.randn(2, 5, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
     out = scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), enable_gqa=True)
     assert torch.equal(out.transpose(1, 2), attention(q, k, v))
+
+
+# ---- torch.compile ------------------------------------------------------------------------------
+
+
+def test_compiles_without_a_graph_break() -> None:
+    q, mask = torch.randn(2, 4, 9, 8), bools(2, 1, 9, 9)()
+    compiled = torch.compile(
+        lambda q, m: scaled_dot_product_attention(q, q, q, m), backend="eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(q, mask), TORCH_SDPA(q, q, q, mask))
+
+
+def test_use_as_sdpa_holds_in_compiled_code() -> None:
+    compiled = torch.compile(call, backend="eager")
+    with use_as_sdpa() as calls:
+        out = compiled()
+    assert calls.ours == 1
+    assert torch.equal(compiled(), out)  # torch's again: the values are all ones
+    assert calls.ours == 1

@@ -301,6 +301,17 @@ def test_dropout_is_applied_in_training_only() -> None:
     assert not torch.allclose(first, plain)
 
 
+def test_compiled_models_agree() -> None:
+    model = make("llama")
+    model.set_attn_implementation(NAME)
+    arguments = inputs_of("left")
+    real = arguments["attention_mask"].bool()
+    with torch.no_grad():
+        expected = model(**arguments).logits[real]
+        got = torch.compile(model.forward, backend="eager")(**arguments).logits[real]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 # ---- the function itself ------------------------------------------------------------------------
 
 
@@ -568,3 +579,73 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         RuntimeError, match=r"transformers is 6\.1\.0; this relies on private parts"
     ):
         integration.enable_continuous_batching()
+
+
+# ---- other kinds of models ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(use_reentrant: bool) -> None:
+    model, arguments = make("mistral"), inputs_of("left")
+    expected = logits_and_gradients(model, NAME, arguments, torch.float32)
+    model.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    got = logits_and_gradients(model, NAME, arguments, torch.float32)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+SEQUENCE_TO_SEQUENCE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "bart": (
+        "BartConfig",
+        {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+         "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+         "vocab_size": VOCAB, "max_position_embeddings": 64, "dropout": 0.0, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+        "BartForConditionalGeneration",
+    ),
+    "t5": (
+        "T5Config",
+        {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+         "vocab_size": VOCAB, "dropout_rate": 0.0, "pad_token_id": 0, "eos_token_id": 2,
+         "decoder_start_token_id": 1},
+        "T5ForConditionalGeneration",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seqlen", [7, 11])
+@pytest.mark.parametrize("family", SEQUENCE_TO_SEQUENCE)
+def test_cross_attention(family: str, seqlen: int) -> None:
+    """Encoder and decoder of equal lengths too: the encoder's padding is not the decoder's."""
+    config_name, options, model_name = SEQUENCE_TO_SEQUENCE[family]
+    torch.manual_seed(0)
+    model = getattr(transformers, model_name)(getattr(transformers, config_name)(**options)).eval()
+    arguments = {**inputs_of("right"), "decoder_input_ids": tokens(3, seqlen, seed=8)}
+
+    def once(implementation: str, dtype: torch.dtype) -> Tensor:
+        other = copy.deepcopy(model).to(dtype)
+        other.set_attn_implementation(implementation)
+        with torch.no_grad():
+            return other(**arguments).logits
+
+    truth, low = once("eager", torch.float64), once("eager", torch.float32)
+    check_within_budget("logits", once(NAME, torch.float32), truth, low)
+
+
+def test_a_vision_encoder() -> None:
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    model = transformers.ViTModel(config).eval()
+    images = torch.randn(2, 3, 32, 32)
+
+    def once(implementation: str, dtype: torch.dtype) -> Tensor:
+        other = copy.deepcopy(model).to(dtype)
+        other.set_attn_implementation(implementation)
+        with torch.no_grad():
+            return other(images.to(dtype)).last_hidden_state
+
+    truth, low = once("eager", torch.float64), once("eager", torch.float32)
+    check_within_budget("states", once(NAME, torch.float32), truth, low)
