@@ -7,6 +7,8 @@ function's name there instead.
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,12 @@ def _load() -> None:
             f"flashattn_lite: the native library {path} was built from other sources than these "
             "Python files; reinstall flashattn_lite",
             path=str(path),
+        )
+    wanted, active = os.environ.get("FAL_CPU_ISA"), operators.cpu_isa.default()
+    if wanted and wanted != active:
+        names = ", ".join(json.loads(operators.build_info.default())["cpu"]["isas"])
+        raise ImportError(
+            f"flashattn_lite: FAL_CPU_ISA is {wanted!r}; this build on this processor has {names}"
         )
 
 

@@ -195,6 +195,7 @@ def attention(
     deterministic: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
+    algorithm: str | None = None,
     name: str = "attention",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention, softmax(scale * Q K^T) V, dense or over sequences of unequal lengths.
@@ -235,8 +236,10 @@ def attention(
         v_scale: the same for v.
         deterministic: gradients bitwise repeatable on CUDA too (on the CPU they always are).
         return_lse: also return the log-sum-exp of the scores, which is differentiable.
-        backend: "auto", "cpu", "flash1", "flash2", or "reference"; an engine that is named and
-            cannot run the call raises, with every engine's reason.
+        backend: "auto", "cpu", "cuda", "reference", or one engine by name; one that cannot run the
+            call raises, with every engine's reason.
+        algorithm: "flash1" (FlashAttention) or "flash2" (FlashAttention-2), both on CUDA; default:
+            the best that can run the call.
         name: what error messages begin with.
 
     Returns:
@@ -275,6 +278,13 @@ def attention(
         raise _ops.ArgumentError(f"{name}: alibi_slopes has no gradient here; pass it detached")
     if dropout_p > 0 and dropout_seed is None:
         dropout_seed = draw_dropout_seed()
+    if algorithm is not None:
+        if algorithm not in ("flash1", "flash2") or backend not in ("auto", "cuda", algorithm):
+            raise _ops.ArgumentError(
+                f"{name}: algorithm is {algorithm!r} with backend {backend!r}; it must be 'flash1' "
+                "or 'flash2', with backend 'auto' or 'cuda'"
+            )
+        backend = algorithm
     if backend == "reference" or (q.dtype is torch.float64 and backend == "auto"):
         out, lse = _through_reference(
             q,

@@ -156,6 +156,18 @@ def test_a_backend_that_cannot_run_says_why() -> None:
     assert "flash2: q is not a CUDA tensor" in text and "cpu: can run this call" in text
     with pytest.raises(ArgumentError, match="backend is 'fast'; it must be auto, cpu"):
         attention(q, q, q, backend="fast")
+    with pytest.raises(
+        ArgumentError, match="backend 'cuda' cannot run this call:\\n  cpu: can run"
+    ):
+        attention(q, q, q, backend="cuda")
+    with pytest.raises(ArgumentError, match="flash1: q is not a CUDA tensor"):
+        attention(q, q, q, algorithm="flash1")
+    with pytest.raises(
+        ArgumentError, match="algorithm is 'flash3' with backend 'auto'; it must be"
+    ):
+        attention(q, q, q, algorithm="flash3")
+    with pytest.raises(ArgumentError, match="algorithm is 'flash2' with backend 'cpu'; it must be"):
+        attention(q, q, q, algorithm="flash2", backend="cpu")
 
 
 def test_instruction_sets_can_be_chosen() -> None:

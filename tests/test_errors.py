@@ -1,6 +1,7 @@
 """The error contract (docs/semantics.md, "Errors"): each rule, by the function that people call,
 with the argument, its value, and what would be right. Nothing bad is accepted silently."""
 
+import os
 import re
 import subprocess
 import sys
@@ -265,3 +266,18 @@ def test_a_missing_or_mismatched_library_is_one_sentence(
     assert result.returncode == 1 and last.startswith("ImportError: ") and text in last, (
         result.stderr
     )
+
+
+def test_an_unknown_isa_in_the_environment_is_one_sentence() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", "import flashattn_lite"],
+        cwd=Path(flashattn_lite.__file__).parents[1],
+        env={**os.environ, "FAL_CPU_ISA": "avx1024"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 1
+    assert "ImportError: flashattn_lite: FAL_CPU_ISA is 'avx1024'; this build on this" in last
+    assert last.endswith("baseline")

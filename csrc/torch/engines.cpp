@@ -71,15 +71,17 @@ const char* reason_against(Engine engine, const Tensor& q, OnCpu&& on_cpu, OnCud
 template <class OnCpu, class OnCuda>
 Engine choose(const char* op, const std::string& backend, const Tensor& q, OnCpu&& on_cpu,
               OnCuda&& on_cuda) {
-  bool known = backend == "auto";
+  bool known = backend == "auto" || backend == "cuda";
   std::string reasons;
   for (const Row& row : kEngines) {
     known = known || backend == row.name;
-    if (backend != "auto" && backend != row.name) continue;
-    const char* reason = reason_against(row.engine, q, on_cpu, on_cuda);
-    if (!reason) return row.engine;
+    const bool wanted = backend == "auto" || backend == row.name ||
+                        (backend == "cuda" && row.engine != Engine::kCpu);
+    if (wanted && !reason_against(row.engine, q, on_cpu, on_cuda)) return row.engine;
   }
-  if (!known) fail(op, ": backend is '", backend, "'; it must be auto, cpu, flash1 or flash2");
+  if (!known) {
+    fail(op, ": backend is '", backend, "'; it must be auto, cpu, cuda, flash1 or flash2");
+  }
   for (const Row& row : kEngines) {
     const char* reason = reason_against(row.engine, q, on_cpu, on_cuda);
     reasons += std::string("\n  ") + row.name + ": " + (reason ? reason : "can run this call");
