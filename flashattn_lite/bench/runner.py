@@ -102,8 +102,8 @@ def clock_for(case: Case, settings: Settings) -> Clock:
 def _measure_time(case: Case, settings: Settings) -> Row:
     row = Row(case, ours=OURS)
     inputs = Inputs(case)
-    with _all_threads(case):
-        known = list(exactness.truths(case, inputs))
+    torch.set_num_threads(_oracle_threads(case))
+    known = list(exactness.truths(case, inputs))
     entries = _entries(case, inputs, settings, row)
     if _inexact(case, inputs, entries, known, row):
         return row
@@ -224,14 +224,6 @@ def _measure_memory(case: Case, settings: Settings) -> Row:
 _BRIEF = Settings(rounds=Rounds(budget_s=0.0, at_least=1, at_most=1))
 
 
-class _all_threads:  # noqa: N801  (used like a function)
-    """The oracle may use every processor; the case's own number of threads is set afterwards."""
-
-    def __init__(self, case: Case) -> None:
-        self.on_cpu = case.device == "cpu"
-
-    def __enter__(self) -> None:
-        torch.set_num_threads(len(machine.usable_processors()))
-
-    def __exit__(self, *_: object) -> None:
-        return None
+def _oracle_threads(case: Case) -> int:
+    """The oracle's work on forward probes and small cases is too little to be shared out."""
+    return len(machine.usable_processors()) if case.backward and case.flops() > 1e9 else 1
