@@ -167,6 +167,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int kThreads = Config::kThreads, kN8 = Config::kRowsOfWarp / 8;
   constexpr int kM = Config::kM;
   constexpr bool kGeneral = ScoreMod::kGeneral;
+  static_assert(sizeof(Smem) <= kMaxSmemBytes);
   const BackwardProblem& problem = args.problem;
   const ForwardProblem& forward = problem.forward;
   const Shape& shape = forward.shape;

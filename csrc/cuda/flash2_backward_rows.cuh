@@ -26,11 +26,12 @@ struct Flash2BackwardRowsConfig {
   static constexpr int kHeadDim = kHeadDim_;
   static_assert(kHeadDim % 64 == 0 && kHeadDim <= 256, "the swizzle's unit; the register file");
 
-  static constexpr int kTileN = kHeadDim <= 192 ? 64 : 32;  // registers: dQ takes 128 at 256
+  // dQ takes kHeadDim / 2 registers (128 at 256), scores kTileN / 2 twice.
+  static constexpr int kTileN = kHeadDim <= (ScoreMod::kGeneral ? 128 : 192) ? 64 : 32;
   static constexpr int kWarps = kHeadDim <= 192 ? 8 : 4;  // Q and dO of 128 rows fill 128 KB at 256
   static constexpr int kTileM = kWarps * 16;
   static constexpr int kThreads = kWarps * kWarpSize;
-  static constexpr int kStages = kHeadDim == 192 ? 1 : 2;  // what fits in 163 KB
+  static constexpr int kStages = kHeadDim == 192 && kTileN == 64 ? 1 : 2;  // what fits
 };
 
 template <class Config>
@@ -53,6 +54,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   constexpr int kDim = Config::kHeadDim, kTileM = Config::kTileM, kTileN = Config::kTileN;
   constexpr int kThreads = Config::kThreads, kN8 = kTileN / 8;
   constexpr bool kGeneral = ScoreMod::kGeneral;
+  static_assert(sizeof(Smem) <= kMaxSmemBytes);
   const BackwardProblem& problem = args.problem;
   const ForwardProblem& forward = problem.forward;
   const Shape& shape = forward.shape;

@@ -129,6 +129,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   using Smem = Flash2ForwardSmem<Config>;
   constexpr int kDim = Config::kHeadDim, kTileN = Config::kTileN, kM = Config::kRowGroups;
   constexpr int kSteps = kDim / 16;
+  static_assert(sizeof(Smem) <= kMaxSmemBytes);
   const ForwardProblem& problem = args.problem;
   const Shape& shape = problem.shape;
 

@@ -16,7 +16,8 @@
 namespace fal::cuda {
 
 inline constexpr int kWarpSize = 32;
-inline constexpr int kChunkElements = 8;  // 16 bytes of 16-bit elements
+inline constexpr size_t kMaxSmemBytes = 163 * 1024;  // of a block, on compute capability 8.0
+inline constexpr int kChunkElements = 8;             // 16 bytes of 16-bit elements
 
 // The instructions of one element type.
 template <class T>
