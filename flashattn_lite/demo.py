@@ -104,8 +104,8 @@ def _show_exactness() -> list[str]:
     print()
     print(tables.terminal(["gradients", *headers, "by"], gradients))
     print(
-        "\n  Green: within the budget (docs/numerics.md): 2 times, for gradients 3 times, the error of\n"
-        "  the same formula with every step in that dtype, and a few units in the last place.\n"
+        "\n  Green: within the budget (docs/numerics.md): 2 times, gradients 3, the error\n"
+        "  of the same formula with every step in that dtype, and a few units in the last place.\n"
         "  PyTorch's error is by scaled_dot_product_attention, or by the plain formula where that\n"
         "  lacks the feature. Gradients: the one that uses most of its budget."
     )
