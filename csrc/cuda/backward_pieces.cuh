@@ -9,6 +9,7 @@
 // aligned and owned by one sequence.
 #pragma once
 
+#include "../core/problem.h"
 #include "mma_sm80.cuh"
 
 namespace fal::cuda {
@@ -77,6 +78,10 @@ struct DqTile {
   static constexpr bool kVectors = false;
 #endif
 
+  // What the main kernel starts a fragment with, and what becomes of it: here it is added.
+  __device__ __forceinline__ static void begin(const float*, int, float (&acc)[4]) {
+    acc[0] = acc[1] = acc[2] = acc[3] = 0.f;
+  }
   __device__ __forceinline__ static void add(float* tile, int fragment, const float (&acc)[4]) {
     float* base = tile + fragment * kThreads * 4;
     if constexpr (kVectors) {

@@ -1,6 +1,7 @@
 // The engine table: one row per algorithm. A new engine adds a header with these functions and its
 // row here; nothing else knows how many there are.
 #include "engine.h"
+#include "flash1.h"
 #include "flash2.h"
 
 namespace fal::cuda {
@@ -18,7 +19,8 @@ struct Engine {
 
 // In the order of Algorithm.
 constexpr Engine kEngines[kAlgorithmCount] = {
-    {"flash1", nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
+    {"flash1", &flash1_supports_forward, &flash1_supports_backward, &flash1_forward_workspace_bytes,
+     &flash1_backward_workspace_bytes, &flash1_forward, &flash1_backward},
     {"flash2", &flash2_supports_forward, &flash2_supports_backward, &flash2_forward_workspace_bytes,
      &flash2_backward_workspace_bytes, &flash2_forward, &flash2_backward},
 };

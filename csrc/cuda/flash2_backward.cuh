@@ -28,7 +28,11 @@
 
 namespace fal::cuda {
 
-template <class T, int kHeadDim_, class ScoreMod_>
+// Wide: 32 keys a warp, so that every fragment of Q and dO serves two products, of K and V too (32
+// x 32 scores a warp). dK and dV take kHeadDim registers a thread then, which is too much beside
+// the modified scores at 128 and beside anything above.
+template <class T, int kHeadDim_, class ScoreMod_,
+          bool kWideTile_ = kHeadDim_ <= (ScoreMod_::kGeneral ? 64 : 128)>
 struct Flash2BackwardConfig {
   using Element = T;
   using ScoreMod = ScoreMod_;
@@ -36,10 +40,7 @@ struct Flash2BackwardConfig {
   static_assert(kHeadDim % 64 == 0 && kHeadDim <= 256, "the swizzle's unit; the register file");
 
   static constexpr int kTileM = kBackwardRows;
-  // 32 keys a warp: every fragment of Q and dO serves two products, of K and V too (32 x 32 scores
-  // a warp). dK and dV take kHeadDim registers a thread then, which is too much beside the modified
-  // scores at 128 and beside anything above.
-  static constexpr bool kWideTile = kHeadDim <= (ScoreMod::kGeneral ? 64 : 128);
+  static constexpr bool kWideTile = kWideTile_;
   static constexpr int kTileN = kWideTile ? 128 : 64;
   static constexpr int kWarpsK = 4, kWarpsM = 2;  // over keys; over rows, later over columns
   static constexpr int kWarps = kWarpsK * kWarpsM;
@@ -156,13 +157,14 @@ struct Flash2BackwardScores {
   }
 };
 
-template <class Config>
-__global__ void __launch_bounds__(Config::kThreads, 1)
-    flash2_backward_kernel(const __grid_constant__ BackwardArgs args) {
+// dK and dV of one tile of keys, and its share of dQ through DqSums (DqTile, or what is like it).
+template <class Config, class DqSums>
+__device__ __forceinline__ void backward_of_keys(const BackwardArgs& args, int key_begin,
+                                                 int head_k, int b) {
   using T = typename Config::Element;
   using ScoreMod = typename Config::ScoreMod;
   using Smem = Flash2BackwardSmem<Config>;
-  using Dq = DqTile<Config::kHeadDim>;
+  using Dq = DqSums;
   constexpr int kDim = Config::kHeadDim, kTileM = Config::kTileM, kTileN = Config::kTileN;
   constexpr int kThreads = Config::kThreads, kN8 = Config::kRowsOfWarp / 8;
   constexpr int kM = Config::kM;
@@ -172,9 +174,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   const ForwardProblem& forward = problem.forward;
   const Shape& shape = forward.shape;
 
-  const int head_k = blockIdx.y, b = blockIdx.z, group = shape.heads_q / shape.heads_k;
+  const int group = shape.heads_q / shape.heads_k;
   const Sequence seq = forward.lengths.sequence(b);
-  const int key_begin = blockIdx.x * kTileN;
   const Range keys{key_begin, min(key_begin + kTileN, seq.seqlen_k)};
   if (keys.empty()) return;
 
@@ -280,12 +281,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     multiply_nn<T, kTileM / 16, Config::kWarpsM>(acc_dk, frag,
                                                  address_rows_first<kDim>(smem_q, 0, lane, share));
     if (workspace.dq) {
+      float* sums = workspace.dq_tile(first_tile + row_begin / kTileM, h);
       float acc_dq[Dq::kM][Dq::kN8][4];
-      clear(acc_dq);
+#pragma unroll
+      for (int m = 0; m < Dq::kM; ++m) {
+#pragma unroll
+        for (int n = 0; n < Dq::kN8; ++n) Dq::begin(sums, m * Dq::kN8 + n, acc_dq[m][n]);
+      }
       multiply_tn<T, kTileN / 16, Dq::kWarpsN>(
           acc_dq, address_columns_first<kTileM>(smem_ds, 0, lane, warp / Dq::kWarpsN * Dq::kM),
           address_rows_first<kDim>(smem_k, 0, lane, warp % Dq::kWarpsN));
-      float* sums = workspace.dq_tile(first_tile + row_begin / kTileM, h);
 #pragma unroll
       for (int m = 0; m < Dq::kM; ++m) {
 #pragma unroll
@@ -317,6 +322,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   store_rows<T, kDim, kTileN, kThreads>(smem_v, 0, keys.size(), shape.head_dim_v, args.aligned,
                                         threadIdx.x,
                                         [&](int r) { return dv.at(b, row_k + r, head_k); });
+}
+
+template <class Config>
+__global__ void __launch_bounds__(Config::kThreads, 1)
+    flash2_backward_kernel(const __grid_constant__ BackwardArgs args) {
+  backward_of_keys<Config, DqTile<Config::kHeadDim>>(args, blockIdx.x * Config::kTileN, blockIdx.y,
+                                                     blockIdx.z);
 }
 
 // ---- launcher -----------------------------------------------------------------------------------
