@@ -9,7 +9,7 @@ from native import cuda_problem
 
 from flashattn_lite import reference, testing
 
-ALGORITHMS = ("flash2",)
+ALGORITHMS = ("flash2", "flash1")
 CASES = [
     case
     for case in testing.all_cases()
@@ -86,14 +86,15 @@ def test_schedules_change_nothing(algorithm: str, case: testing.Case) -> None:
         assert torch.equal(result.lse, results[0].lse)
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("head_dim", (64, 128, 192, 256))
-def test_tiles_move_at_full_width(head_dim: int) -> None:
+def test_tiles_move_at_full_width(algorithm: str, head_dim: int) -> None:
     """No bank conflict and no wasted sector in any tile access of the plain forward."""
     case = testing.Case(
         "full", ((256, 256),), heads_q=2, heads_k=1, head_dim=head_dim, dtype=torch.bfloat16
     )
     inputs = testing.make_inputs(case)
-    result = cuda_problem.forward("flash2", inputs.q, inputs.k, inputs.v)
+    result = cuda_problem.forward(algorithm, inputs.q, inputs.k, inputs.v)
     clean(result)
     kinds = {site["kind"] for site in result.sites}
     assert {"cp.async source", "ldmatrix", "st.shared", "ld.shared", "st.global"} <= kinds
@@ -101,12 +102,13 @@ def test_tiles_move_at_full_width(head_dim: int) -> None:
     assert not wasteful, wasteful
 
 
-def test_keys_that_nobody_sees_are_not_read() -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_keys_that_nobody_sees_are_not_read(algorithm: str) -> None:
     """A window leaves the start of the cache unseen: NaN there must not show."""
     case = testing.Case("window", ((1, 300),), window=(20, 0), dtype=torch.bfloat16)
     inputs = testing.make_inputs(case)
     inputs.k[:, :279] = inputs.v[:, :279] = torch.nan
-    result = cuda_problem.forward("flash2", inputs.q, inputs.k, inputs.v, window=(20, 0))
+    result = cuda_problem.forward(algorithm, inputs.q, inputs.k, inputs.v, window=(20, 0))
     clean(result)
     assert torch.isfinite(result.out).all()
     visible = [t[:, 279:] for t in (inputs.k, inputs.v)]
@@ -243,14 +245,17 @@ def test_deterministic_backward_repeats(algorithm: str, case: testing.Case) -> N
             assert first is None or torch.equal(first, other), name
 
 
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("head_dim", (64, 128, 192, 256))
 @pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "deterministic"))
-def test_backward_tiles_move_at_full_width(head_dim: int, deterministic: bool) -> None:
+def test_backward_tiles_move_at_full_width(
+    algorithm: str, head_dim: int, deterministic: bool
+) -> None:
     case = testing.Case(
         "full", ((256, 256),), heads_q=2, heads_k=1, head_dim=head_dim, dtype=torch.bfloat16
     )
     result = run_backward(
-        "flash2", testing.make_inputs(case), dlse=False, deterministic=deterministic
+        algorithm, testing.make_inputs(case), dlse=False, deterministic=deterministic
     )
     clean(result)
     wasteful = [s for s in result.sites if s["units"] > s["ideal"] and s["bytes"] > 4096]

@@ -387,6 +387,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     }
   }
 
+  ptx::cp_async_wait<0>();  // the last group is empty
+
   // Tiles of rows that see no key: the loops above never came to them.
   for (int begin = 0; begin < seq.seqlen_q; begin += kTileM) {
     const Range rows{begin, min(begin + kTileM, seq.seqlen_q)};

@@ -97,10 +97,12 @@ void run_others(Block& block) {
 void exit_fiber(Block& block, Fiber& fiber) {
   fiber.in_runtime++;
   Warp& warp = block.warp_of(fiber);
-  if (!fiber.open_copies.empty() || !fiber.copy_groups.empty()) {
-    const PendingCopy& copy =
-        fiber.copy_groups.empty() ? fiber.open_copies[0] : fiber.copy_groups[0][0];
-    report(copy.pc, "cp.async-unwaited", "the thread exits with this copy in flight");
+  for (const auto& group : fiber.copy_groups) {  // empty groups are nothing in flight
+    fiber.open_copies.insert(fiber.open_copies.begin(), group.begin(), group.end());
+  }
+  if (!fiber.open_copies.empty()) {
+    report(fiber.open_copies[0].pc, "cp.async-unwaited",
+           "the thread exits with this copy in flight");
   }
   if (!fiber.open_stores.empty())
     report(fiber.open_stores[0].pc, "tma-uncommitted",
