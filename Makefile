@@ -6,7 +6,7 @@ PIP = $(PY) -m pip --disable-pip-version-check -q
 GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 CPP_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.inl')
 
-.PHONY: help demo test lint format bench build wheel wheel-check gpu-check docs clean
+.PHONY: help demo test lint format bench io-complexity build wheel wheel-check gpu-check docs clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -44,6 +44,9 @@ bench: build  ## speed against PyTorch on this machine: tables, and JSON in benc
 	$(PY) -m flashattn_lite bench $(BENCH_FLAGS)
 
 # pip's isolated build: neither torch nor this virtual environment takes part in it.
+io-complexity: build  ## bytes through device memory, counted: docs/io_complexity.md and its plot
+	PYTHONPATH=.:tests $(PY) tests/io_complexity.py
+
 wheel:  ## build the wheel and try it in a fresh environment
 	rm -rf dist
 	$(PYTHON) -m venv $(VENV)-build
