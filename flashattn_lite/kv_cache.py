@@ -7,6 +7,7 @@ there is one way to find a key: the block table.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -111,6 +112,32 @@ def _lengths(cache_seqlens: Any, q: Tensor) -> Tensor | None:
     return torch.full((q.shape[0],), int(cache_seqlens), dtype=torch.int32, device=q.device)
 
 
+def _window(window_size: Any, capacity: int) -> tuple[int | None, int | None]:
+    try:
+        left, right = (int(side) for side in window_size)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{_NAME}: window_size is {window_size!r}; it must be a pair (left, right) of ints"
+        ) from None
+    return (
+        None if left < 0 or left >= capacity else left,
+        None if right < 0 or right >= capacity else right,
+    )
+
+
+def _in_callers_words(error: ArgumentError, appends: bool, batch_idx: bool) -> ArgumentError:
+    """The same error with this function's names for what ``attention`` calls otherwise."""
+    text = re.sub(r"\b([kv])\b", r"\1_cache", str(error))
+    if appends:
+        text = re.sub(r"seqused_k(\[\d+\])", r"cache_seqlens\1 + new rows", text)
+    text = re.sub(r"seqused_[kq]", "cache_seqlens", text)
+    text = text.replace("leftpad_k", "cache_leftpad")
+    if batch_idx:
+        text = re.sub(r"block_table\[(\d+), 0\]", r"cache_batch_idx[\1]", text)
+        text = text.replace(" pages", " batch entries").replace("block_table", "cache_batch_idx")
+    return ArgumentError(text)
+
+
 @torch.no_grad()
 def flash_attn_with_kvcache(
     q: Tensor,
@@ -203,15 +230,52 @@ def flash_attn_with_kvcache(
             raise ArgumentError(f"{_NAME}: {argument} must have unit stride in its last dimension")
 
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    left, right = (int(side) for side in window_size)
-    window = (
-        None if left < 0 or left >= capacity else left,
-        None if right < 0 or right >= capacity else right,
-    )
+    window = _window(window_size, capacity)
     lengths = _lengths(cache_seqlens, q)
     if cache_batch_idx is not None:
+        if cache_batch_idx.dim() != 1:
+            raise ArgumentError(
+                f"{_NAME}: cache_batch_idx has shape {tuple(cache_batch_idx.shape)}; it must be "
+                "(batch,)"
+            )
         block_table = cache_batch_idx.to(torch.int32)[:, None]
+
+    def attend(q: Tensor, seqused_k: Tensor | None, seqused_q: Tensor | None) -> Any:
+        try:
+            return attention(
+                q,
+                k_cache,
+                v_cache,
+                causal=causal,
+                window=window,
+                softmax_scale=softmax_scale,
+                softcap=softcap,
+                alibi_slopes=alibi_slopes,
+                sinks=sinks,
+                seqused_q=seqused_q,
+                seqused_k=seqused_k,
+                leftpad_k=cache_leftpad,
+                block_table=block_table,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                return_lse=return_softmax_lse,
+                backend=backend,
+                name=_NAME,
+            )
+        except ArgumentError as error:
+            raise _in_callers_words(error, k is not None, cache_batch_idx is not None) from None
+
     if k is not None and v is not None and lengths is not None:
+        if rotary_cos is not None and rotary_sin is not None:
+            q = rotate(
+                *(q, rotary_cos, rotary_sin, lengths),
+                advance=causal or window != (None, None),
+                interleaved=rotary_interleaved,
+                name=_NAME,
+            )
+        # No query row: every argument is checked, and nothing is computed. What would be
+        # refused below must be refused before the cache is written.
+        attend(q, lengths + k.shape[1], torch.zeros_like(lengths))
         append_kv_cache(
             *(k, v, k_cache, v_cache, lengths),
             block_table=block_table,
@@ -222,35 +286,10 @@ def flash_attn_with_kvcache(
             rotary_interleaved=rotary_interleaved,
             name=_NAME,
         )
-        if rotary_cos is not None and rotary_sin is not None:
-            q = rotate(
-                *(q, rotary_cos, rotary_sin, lengths),
-                advance=causal or window != (None, None),
-                interleaved=rotary_interleaved,
-                name=_NAME,
-            )
         lengths = lengths + k.shape[1]
     if lengths is None and block_table is not None:
         lengths = torch.full((q.shape[0],), capacity, dtype=torch.int32, device=q.device)
-    result = attention(
-        q,
-        k_cache,
-        v_cache,
-        causal=causal,
-        window=window,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        seqused_k=lengths,
-        leftpad_k=cache_leftpad,
-        block_table=block_table,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        return_lse=return_softmax_lse,
-        backend=backend,
-        name=_NAME,
-    )
+    result = attend(q, lengths, None)
     if isinstance(result, Tensor):
         return result
     out, lse = result

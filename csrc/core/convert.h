@@ -110,6 +110,9 @@ FAL_HOST_DEVICE void store_element(void* data, DType dtype, int64_t index, float
 FAL_HOST_DEVICE float quantised_limit(DType dtype) {
   return dtype == DType::kInt8 ? 127.f : kFloat8E4M3Max;
 }
+// Of magnitudes; a NaN stays. It becomes the row's factor then, so that it is seen again when the
+// row is read, whatever the stored type can hold; an infinity is read as a NaN.
+FAL_HOST_DEVICE float larger_or_nan(float a, float b) { return a != a ? a : b <= a ? a : b; }
 FAL_HOST_DEVICE uint8_t quantise(float scaled, DType dtype) {
   if (dtype != DType::kInt8) return float_to_float8_e4m3(scaled);
   const float rounded = rintf(scaled);  // |scaled| <= 127 by construction; NaN becomes 0

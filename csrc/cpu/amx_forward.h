@@ -287,6 +287,7 @@ FAL_INLINE void transpose_panel(const float* in, int dims, float* out) {
 struct AmxForward {
   using Scratch = AmxForwardScratch;
   static constexpr int kTileKeys = kAmxTileKeys;
+  static constexpr bool kReadsQuantised = false;
 
   template <class T, class Kv, class Tiles>
   FAL_INLINE static void rows(const ForwardTile& t, const Scratch& s, const Sequence& seq,

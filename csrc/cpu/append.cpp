@@ -18,7 +18,7 @@ void store_row(const AnyView& view, DType dtype, int64_t offset, int32_t dim, co
     return;
   }
   float largest = 0.f;
-  for (int32_t d = 0; d < dim; ++d) largest = std::max(largest, std::fabs(row[d]));
+  for (int32_t d = 0; d < dim; ++d) largest = larger_or_nan(largest, std::fabs(row[d]));
   const float limit = quantised_limit(dtype), inverse = largest > 0.f ? limit / largest : 0.f;
   *scale = largest / limit;
   uint8_t* out = static_cast<uint8_t*>(view.data) + offset;

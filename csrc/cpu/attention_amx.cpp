@@ -8,7 +8,9 @@ namespace fal::cpu {
 namespace {
 
 void run_forward(const ForwardProblem& problem, const ThreadPool& pool) {
-  if (problem.shape.dtype != DType::kBFloat16) return kernels_avx512.forward(problem, pool);
+  if (problem.shape.dtype != DType::kBFloat16 || problem.kv.dtype != DType::kBFloat16) {
+    return kernels_avx512.forward(problem, pool);
+  }
   amx::forward_with<amx::BFloat16, amx::AmxForward>(problem, pool);
 }
 

@@ -12,9 +12,8 @@
 // Scratch of one thread (fp32), head dim 128: Q 96 KiB, K 48, V 48, S 78, O 96.
 #pragma once
 
-#include "../core/kv.h"
-#include "../core/online_softmax.h"
 #include "../core/tiles.h"
+#include "decode.h"
 #include "parallel.h"
 #include "score_panel.h"
 #include "scratch.h"
@@ -182,6 +181,7 @@ FAL_INLINE void store_forward_row(const ForwardTile& t, const Sequence& seq, int
 struct VectorForward {
   using Scratch = ForwardScratch;
   static constexpr int kTileKeys = fal::cpu::FAL_CPU_ISA::kTileKeys;
+  static constexpr bool kReadsQuantised = true;
 
   // Smaller tiles where there would be too few items to balance; no row's result depends on it.
   FAL_INLINE static int max_tile_rows(const Shape& shape, int64_t longest, int threads) {
@@ -228,11 +228,6 @@ struct VectorForward {
   }
 };
 
-// True when S is more than a positive factor times Q K^T (which a maximum commutes with).
-FAL_INLINE bool modifies_scores(const ScoreOptions& score) {
-  return score.softcap > 0.f || score.alibi_slopes || score.bias.data || !(score.scale > 0.f);
-}
-
 template <class Product, class T, class Kv>
 static void forward_item(const void* arg, int64_t item, char* memory) {
   const ForwardPlan& plan = *static_cast<const ForwardPlan*>(arg);
@@ -254,6 +249,7 @@ static void forward_item(const void* arg, int64_t item, char* memory) {
   int64_t block = item % plan.row_blocks;
   if (band.right >= 0 && band.left < 0) block = plan.row_blocks - 1 - block;
   const int64_t begin = block * plan.tile_rows, allocated = p.lengths.allocated_q(b);
+  if (decodes(p, allocated)) return;  // decode.h has them
   const int64_t end = min_int(begin + plan.tile_rows, allocated);
   if (begin >= end) return;
   for (int64_t i = begin > seq.seqlen_q ? begin : seq.seqlen_q; i < end; ++i) {
@@ -288,12 +284,14 @@ FAL_INLINE int even_tile_rows(int64_t longest, int most) {
 
 template <class T, class Product>
 static void forward_with(const ForwardProblem& problem, const ThreadPool& pool) {
+  decode<T, Product::kReadsQuantised>(problem, pool);
   ForwardPlan plan{problem, 0, 0, 0, 0.0};
   const Shape& shape = problem.shape;
   int64_t longest = 0;
   for (int b = 0; b < shape.batch; ++b) {
     const Sequence seq = problem.lengths.sequence(b);
     const int64_t allocated = problem.lengths.allocated_q(b);
+    if (decodes(problem, allocated)) continue;
     if (allocated > longest) longest = allocated;
     plan.flops += 2.0 * shape.heads_q * (shape.head_dim + shape.head_dim_v) * allocated *
                   (seq.seqlen_k + 1.0);
@@ -301,13 +299,14 @@ static void forward_with(const ForwardProblem& problem, const ThreadPool& pool) 
   plan.tile_rows = even_tile_rows(longest, Product::max_tile_rows(shape, longest, pool.threads));
   plan.row_blocks = (longest + plan.tile_rows - 1) / plan.tile_rows;
   plan.items = static_cast<int64_t>(shape.batch) * shape.heads_q * plan.row_blocks + 1;
-  const bool paged = problem.kv.pages.block_table != nullptr;
+  auto* item = problem.kv.pages.block_table ? &forward_item<Product, T, PagedKv<T>>
+                                            : &forward_item<Product, T, ContiguousKv<T>>;
+  if constexpr (Product::kReadsQuantised) {
+    if (problem.kv.dtype != problem.shape.dtype) item = &forward_item<Product, T, QuantisedKv>;
+  }
   ScratchCursor size{nullptr};
   Product::Scratch::place(&size, problem, plan.tile_rows);
-  run_items(
-      pool, plan.items, plan.flops, size.used,
-      paged ? &forward_item<Product, T, PagedKv<T>> : &forward_item<Product, T, ContiguousKv<T>>,
-      &plan);
+  run_items(pool, plan.items, plan.flops, size.used, item, &plan);
 }
 
 [[maybe_unused]] static void forward(const ForwardProblem& problem, const ThreadPool& pool) {

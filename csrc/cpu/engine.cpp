@@ -71,7 +71,6 @@ const char* supports_shape(const ForwardProblem& p) {
   if (s.dtype != DType::kFloat32 && s.dtype != DType::kFloat16 && s.dtype != DType::kBFloat16) {
     return "the CPU engine computes in float32, float16 and bfloat16";
   }
-  if (p.kv.dtype != s.dtype) return "the CPU engine does not read quantised K/V";
   if (s.head_dim < 1 || s.head_dim_v < 1) return "the CPU engine needs a head dim of at least 1";
   if (s.head_dim > kMaxHeadDim || s.head_dim_v > kMaxHeadDim) {
     return "the CPU engine supports head dims up to 256";
@@ -99,6 +98,9 @@ const char* supports_forward(const ForwardProblem& problem) { return supports_sh
 
 const char* supports_backward(const BackwardProblem& problem) {
   if (const char* reason = supports_shape(problem.forward)) return reason;
+  if (problem.forward.kv.dtype != problem.forward.shape.dtype) {
+    return "the CPU engine has no backward for quantised K/V";
+  }
   if (problem.forward.kv.pages.block_table) return "the CPU engine has no backward for paged K/V";
   const Bias& dbias = problem.dbias;
   if (dbias.data && dbias.dtype != DType::kFloat32 && dbias.dtype != DType::kFloat16 &&

@@ -2,6 +2,7 @@
 // the sequence are read; the padding of a tile is zeros.
 #pragma once
 
+#include "../core/kv.h"
 #include "tile_gemm.h"
 
 namespace fal::cpu::FAL_CPU_ISA {
@@ -28,12 +29,19 @@ FAL_INLINE Float load_dims(const T* row, int dim, int dims) {
   return dim + kLanes <= dims ? load(row + dim) : load_first(row + dim, dims - dim);
 }
 
+// A quantised row's elements are multiplied by its factor on the way.
+FAL_INLINE Float load_dims(QuantisedRow row, int dim, int dims) {
+  const Float x = row.int8 ? load_dims(reinterpret_cast<const Int8*>(row.stored), dim, dims)
+                           : load_dims(reinterpret_cast<const Float8E4M3*>(row.stored), dim, dims);
+  return x * row.scale;
+}
+
 // -> [row][ld], rows up to padded_rows and dims up to a whole vector zero. True if all is finite.
 template <class Rows>
 FAL_INLINE bool pack_rows(const Rows& rows, int n, int padded_rows, int dims, int ld, float* out) {
   FiniteCheck finite;
   for (int r = 0; r < n; ++r) {
-    const auto* row = rows(r);
+    const auto row = rows(r);
     for (int d = 0; d < dims; d += kLanes) {
       const Float x = load_dims(row, d, dims);
       finite.see(x);
@@ -49,7 +57,7 @@ template <class Rows>
 FAL_INLINE bool pack_panels(const Rows& rows, int n, int capacity, int dims, float* out) {
   FiniteCheck finite;
   for (int r = 0; r < n; ++r) {
-    const auto* row = rows(r);
+    const auto row = rows(r);
     for (int d = 0; d < dims; d += kLanes) {
       const Float x = load_dims(row, d, dims);
       finite.see(x);

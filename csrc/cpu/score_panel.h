@@ -9,6 +9,11 @@
 
 namespace fal::cpu::FAL_CPU_ISA {
 
+// True when S is more than a positive factor times Q K^T (which a maximum commutes with).
+FAL_INLINE bool modifies_scores(const ScoreOptions& score) {
+  return score.softcap > 0.f || score.alibi_slopes || score.bias.data || !(score.scale > 0.f);
+}
+
 // Keys of a tile that one panel of query rows works on, relative to the tile's first key.
 struct PanelRange {
   int begin, end;                    // computed: multiples of a unit; what is not visible is masked

@@ -20,12 +20,19 @@
 
 namespace fal::cpu::FAL_CPU_ISA {
 
-// Element types of tensors. Half and BFloat16 are storage only.
+// Element types of tensors. All but float are storage only.
 struct Half {
   uint16_t bits;
 };
 struct BFloat16 {
   uint16_t bits;
+};
+// Stored bytes of quantised K/V.
+struct Int8 {
+  int8_t value;
+};
+struct Float8E4M3 {
+  uint8_t bits;
 };
 
 // kRows x (kVectors * kLanes) is the register tile of tile_gemm.h: accumulators, one row of B and
@@ -48,6 +55,8 @@ constexpr int kPanel = kLanes * kVectors;
 typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t UInt __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t UShort __attribute__((vector_size(2 * kLanes)));
+typedef int8_t SByte __attribute__((vector_size(kLanes)));
+typedef uint8_t UByte __attribute__((vector_size(kLanes)));
 
 FAL_INLINE Float load(const float* p) {
   Float x;
@@ -156,17 +165,17 @@ FAL_INLINE Float load(const BFloat16* p) {
   return (Float)(__builtin_convertvector(load_bits(p), UInt) << 16);
 }
 
-FAL_INLINE Float load(const Half* p) {
+FAL_INLINE Float from_half(UShort bits16) {
 #if defined(__AVX512F__)
-  return _mm512_cvtph_ps((__m256i)load_bits(p));
+  return _mm512_cvtph_ps((__m256i)bits16);
 #elif defined(__AVX2__)
-  return _mm256_cvtph_ps((__m128i)load_bits(p));
+  return _mm256_cvtph_ps((__m128i)bits16);
 #elif defined(__aarch64__)
-  return vcvt_f32_f16((float16x4_t)load_bits(p));
+  return vcvt_f32_f16((float16x4_t)bits16);
 #else
   // Integer arithmetic only, because denormals may be flushed: exponent rebased from 15 to 127,
   // all ones kept, subnormals through an integer conversion.
-  const UInt h = __builtin_convertvector(load_bits(p), UInt);
+  const UInt h = __builtin_convertvector(bits16, UInt);
   const UInt sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
   const UInt normal = (magnitude << 13) + (112u << 23);
   const UInt special = (magnitude << 13) | 0x7f800000u;
@@ -175,6 +184,7 @@ FAL_INLINE Float load(const Half* p) {
   return (Float)(bits | sign);
 #endif
 }
+FAL_INLINE Float load(const Half* p) { return from_half(load_bits(p)); }
 
 FAL_INLINE void store_bits(void* p, UShort x) { memcpy(p, &x, sizeof x); }
 
@@ -209,6 +219,37 @@ FAL_INLINE void store(Half* p, Float x) {
   const UInt bits = magnitude >= 0x477ff000u ? special : magnitude < 0x38800000u ? tiny : normal;
   store_bits(p, __builtin_convertvector(bits | sign, UShort));
 #endif
+}
+
+// ---- stored bytes of quantised rows -> float
+
+FAL_INLINE Float load(const Int8* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadu_si64(p)));
+#else
+  SByte x;
+  memcpy(&x, p, sizeof x);
+  return to_float(__builtin_convertvector(x, Int));
+#endif
+}
+
+// Through half, whose exponent is wider by one bit and biased by 8 more; the sum turns the only
+// NaN's exponent into half's, all ones.
+FAL_INLINE Float load(const Float8E4M3* p) {
+#if defined(__AVX512F__)
+  const UShort h = (UShort)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  const UShort h = (UShort)_mm_cvtepu8_epi16(_mm_loadu_si64(p));
+#else
+  UByte x;
+  memcpy(&x, p, sizeof x);
+  const UShort h = __builtin_convertvector(x, UShort);
+#endif
+  const UShort magnitude = h & 0x7f;
+  const UShort bits = (magnitude << 7) + (((magnitude + 1) & 0x80) << 7);
+  return from_half(bits | ((h & 0x80) << 8)) * 256.f;
 }
 
 // The first n < kLanes elements, zeros after them; nothing beyond is touched.

@@ -61,11 +61,11 @@ __device__ __forceinline__ void store_cache_row(const AnyView& view, DType dtype
     float largest = 0.f;
 #pragma unroll
     for (int n = 0; n < kAppendPerLane; ++n) {
-      if (lane + 32 * n < dim) largest = fmaxf(largest, fabsf(x[n]));
+      if (lane + 32 * n < dim) largest = larger_or_nan(largest, fabsf(x[n]));
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+      largest = larger_or_nan(largest, __shfl_xor_sync(0xffffffffu, largest, step));
     }
     if (lane == 0) *scale = largest / quantised_limit(dtype);
     inverse = largest > 0.f ? quantised_limit(dtype) / largest : 0.f;

@@ -80,7 +80,7 @@ DType Checker::float_dtype(const char* name, const Tensor& t) const {
 
 void Checker::unit_last_stride(const char* name, const Tensor& t) const {
   const int64_t last = t.dim() - 1;
-  if (last >= 0 && t.size(last) > 1 && t.stride(last) != 1) {
+  if (last >= 0 && t.size(last) > 1 && t.stride(last) != 1 && t.numel() > 0) {
     bad(name, " must have unit stride in its last dimension; call .contiguous() on it");
   }
 }
