@@ -19,10 +19,13 @@ from flashattn_lite.flash_attn_interface import (
 from flashattn_lite.inspection import attention_weights
 from flashattn_lite.kv_cache import append_kv_cache, flash_attn_with_kvcache
 from flashattn_lite.merge import flash_attn_combine, merge_attention_states
+from flashattn_lite.paged_kv_cache import OutOfPagesError, PagedKVCache
 from flashattn_lite.sdpa import scaled_dot_product_attention, use_as_sdpa
 
 __all__ = [
     "ArgumentError",
+    "OutOfPagesError",
+    "PagedKVCache",
     "__version__",
     "append_kv_cache",
     "attention",

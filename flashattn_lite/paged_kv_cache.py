@@ -1,0 +1,380 @@
+"""``PagedKVCache``: the keys and values of many sequences in one pool of pages, with copy-on-write
+forks. A class for serving loops of any make: it knows tokens and pages, not requests or models.
+
+Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention"
+(SOSP 2023). All pages are alike, so the pool never fragments and is never moved.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashattn_lite._ops import ArgumentError
+from flashattn_lite.attention import attention
+from flashattn_lite.kv_cache import append_kv_cache
+from flashattn_lite.merge import merge_attention_states
+
+__all__ = ["OutOfPagesError", "PagedKVCache"]
+
+_QUANTISED = (torch.int8, torch.float8_e4m3fn)
+
+
+class OutOfPagesError(RuntimeError):
+    """The pool has too few free pages; nothing has changed."""
+
+
+class PagedKVCache:
+    """A pool of pages, a list of pages and a length for each sequence, a count for each page.
+
+    A sequence is an int that ``create`` or ``fork`` returned. Slots are reserved for all layers at
+    once (``extend``) and written layer by layer (``write``); ``append`` does both for one layer.
+    Pages that several sequences hold are never written: ``extend`` gives the writer a copy first.
+
+    Args:
+        num_pages: pages in the pool.
+        page_size: tokens of a page, any number >= 1.
+        heads_k: K/V heads.
+        head_dim: of K, and of V unless head_dim_v is given.
+        head_dim_v: of V.
+        num_layers: K/V pairs that share the pages' numbers.
+        dtype: float32, float16 or bfloat16; or int8 or float8_e4m3fn, quantised when written with a
+            factor for each (token, head).
+        device: where the pool lives.
+
+    >>> cache = PagedKVCache(num_pages=8, page_size=4, heads_k=1, head_dim=2)
+    >>> prompt = cache.create()
+    >>> cache.append([prompt], torch.ones(1, 6, 1, 2), torch.ones(1, 6, 1, 2))
+    >>> twin = cache.fork(prompt)  # shares both pages
+    >>> cache.append([twin], torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))  # copies the second
+    >>> cache.length(prompt), cache.length(twin), cache.free_pages
+    (6, 7, 5)
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        heads_k: int,
+        head_dim: int,
+        head_dim_v: int | None = None,
+        *,
+        num_layers: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for argument, value in (
+            ("num_pages", num_pages),
+            ("page_size", page_size),
+            ("heads_k", heads_k),
+            ("num_layers", num_layers),
+        ):
+            if value < 1:
+                raise ArgumentError(f"PagedKVCache: {argument} is {value}; it must be >= 1")
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        for argument, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
+            if not 1 <= value <= 256:
+                raise ArgumentError(f"PagedKVCache: {argument} is {value}; it must be 1 to 256")
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16, *_QUANTISED):
+            raise ArgumentError(
+                f"PagedKVCache: dtype is {dtype}; it must be float32, float16, bfloat16, int8 or "
+                "float8_e4m3fn"
+            )
+        shape = (num_layers, num_pages, page_size, heads_k)
+        self.k = torch.zeros((*shape, head_dim), dtype=dtype, device=device)
+        self.v = torch.zeros((*shape, head_dim_v), dtype=dtype, device=device)
+        self.k_scale = self.v_scale = None
+        if dtype in _QUANTISED:
+            self.k_scale = torch.zeros(shape, device=device)
+            self.v_scale = torch.zeros(shape, device=device)
+        self._references = [0] * num_pages
+        self._free = list(reversed(range(num_pages)))
+        self._pages: dict[int, list[int]] = {}
+        self._lengths: dict[int, int] = {}
+        self._next = 0
+
+    # ---- what there is --------------------------------------------------------------------------
+
+    @property
+    def num_pages(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[2]
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    @property
+    def sequences(self) -> list[int]:
+        return list(self._pages)
+
+    def length(self, sequence: int) -> int:
+        """Tokens in the sequence."""
+        return self._lengths[self._known(sequence)]
+
+    def pages(self, sequence: int) -> tuple[int, ...]:
+        """Its physical pages, in order."""
+        return tuple(self._pages[self._known(sequence)])
+
+    def references(self, page: int) -> int:
+        """How many sequences hold a page."""
+        return self._references[page]
+
+    def block_table(self, sequences: Sequence[int]) -> Tensor:
+        """int32 (batch, longest in pages); unused entries are 0."""
+        rows = [self._pages[self._known(s)] for s in sequences]
+        longest = max((len(row) for row in rows), default=0)
+        padded = [row + [0] * (longest - len(row)) for row in rows]
+        table = torch.tensor(padded, dtype=torch.int32).reshape(len(rows), longest)
+        return table.to(self.k.device)
+
+    def lengths(self, sequences: Sequence[int]) -> Tensor:
+        """int32 (batch)."""
+        values = [self.length(s) for s in sequences]
+        return torch.tensor(values, dtype=torch.int32, device=self.k.device)
+
+    # ---- sequences ------------------------------------------------------------------------------
+
+    def create(self) -> int:
+        """A new, empty sequence. It holds no page."""
+        return self._add([], 0)
+
+    def fork(self, sequence: int) -> int:
+        """A sequence with the same contents that shares every page; nothing is copied."""
+        pages = self._pages[self._known(sequence)]
+        for page in pages:
+            self._references[page] += 1
+        return self._add(list(pages), self._lengths[sequence])
+
+    def free(self, sequence: int) -> None:
+        """Forgets the sequence; pages that nobody else holds go back to the pool."""
+        for page in reversed(self._pages[self._known(sequence)]):
+            self._release(page)
+        del self._pages[sequence], self._lengths[sequence]
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Drops the tokens from `length` on, e.g. those of a draft that was refused."""
+        if not 0 <= length <= self.length(sequence):
+            raise ArgumentError(
+                f"PagedKVCache.truncate: length is {length}; sequence {sequence} has "
+                f"{self.length(sequence)} tokens"
+            )
+        pages = self._pages[sequence]
+        while len(pages) > -(-length // self.page_size):
+            self._release(pages.pop())
+        self._lengths[sequence] = length
+
+    def pages_needed(self, sequences: Sequence[int], counts: Sequence[int]) -> int:
+        """Free pages that ``extend`` with the same arguments would take, copies included."""
+        fresh, writers = 0, Counter[int]()
+        for sequence, count in zip(sequences, counts, strict=True):
+            pages, length = self._pages[self._known(sequence)], self._lengths[sequence]
+            fresh += -(-(length + count) // self.page_size) - len(pages)
+            if count > 0 and length % self.page_size:
+                writers[pages[-1]] += 1
+        # Of a page's holders that write, all copy it but the one that may keep it.
+        return fresh + sum(min(n, self._references[page] - 1) for page, n in writers.items())
+
+    def extend(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
+        """Reserves slots for `counts[i]` more tokens of `sequences[i]`; ``write`` fills them.
+
+        Raises:
+            OutOfPagesError: when the pool has too few pages for all of them together; then nothing
+                has changed.
+        """
+        if len(set(sequences)) != len(sequences):
+            raise ArgumentError(f"PagedKVCache.extend: a sequence is named twice in {sequences}")
+        if len(sequences) != len(counts) or min(counts, default=0) < 0:
+            raise ArgumentError(
+                f"PagedKVCache.extend: counts is {list(counts)}; it must hold a number >= 0 for "
+                f"each of {len(sequences)} sequences"
+            )
+        needed = self.pages_needed(sequences, counts)
+        if needed > self.free_pages:
+            raise OutOfPagesError(
+                f"PagedKVCache.extend: {needed} pages are needed but {self.free_pages} of "
+                f"{self.num_pages} are free"
+            )
+        for sequence, count in zip(sequences, counts, strict=True):
+            pages, length = self._pages[sequence], self._lengths[sequence]
+            if count > 0 and length % self.page_size and self._references[pages[-1]] > 1:
+                pages[-1] = self._copy(pages[-1])
+            while len(pages) * self.page_size < length + count:
+                pages.append(self._take())
+            self._lengths[sequence] = length + count
+
+    # ---- contents -------------------------------------------------------------------------------
+
+    def write(
+        self,
+        sequences: Sequence[int],
+        k: Tensor,
+        v: Tensor,
+        *,
+        layer: int = 0,
+        cu_seqlens: Tensor | None = None,
+        rotary_cos: Tensor | None = None,
+        rotary_sin: Tensor | None = None,
+        rotary_interleaved: bool = True,
+    ) -> None:
+        """Writes the last tokens of each sequence, in place: those that ``extend`` reserved.
+
+        Args:
+            sequences: whose tokens these are.
+            k: (batch, new, heads_k, head_dim), or (total, heads_k, head_dim) with cu_seqlens.
+            v: like k.
+            layer: which of num_layers.
+            cu_seqlens: int32 (batch + 1), offsets of the sequences in k.
+            rotary_cos: as in ``append_kv_cache``; positions are the tokens' places.
+            rotary_sin: like rotary_cos.
+            rotary_interleaved: as in ``append_kv_cache``.
+        """
+        new: Tensor | int = k.shape[1] if cu_seqlens is None else cu_seqlens.diff()
+        append_kv_cache(
+            k,
+            v,
+            self.k[layer],
+            self.v[layer],
+            (self.lengths(sequences) - new).to(torch.int32),
+            block_table=self.block_table(sequences),
+            cu_seqlens=cu_seqlens,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            rotary_interleaved=rotary_interleaved,
+            name="PagedKVCache.write",
+            **self._scales(layer),
+        )
+
+    def append(self, sequences: Sequence[int], k: Tensor, v: Tensor, **options: Any) -> None:
+        """``extend`` by k's rows and ``write`` them: for caches of one layer. If it raises, the
+        sequences are as long as before."""
+        cu_seqlens: Tensor | None = options.get("cu_seqlens")
+        counts = [k.shape[1]] * len(sequences) if cu_seqlens is None else cu_seqlens.diff().tolist()
+        before = [self.length(s) for s in sequences]
+        self.extend(sequences, counts)
+        try:
+            self.write(sequences, k, v, **options)
+        except BaseException:
+            for sequence, length in zip(sequences, before, strict=True):
+                self.truncate(sequence, length)
+            raise
+
+    def attend(self, sequences: Sequence[int], q: Tensor, *, layer: int = 0, **options: Any) -> Any:
+        """``attention`` of q (batch, seqlen_q, heads_q, head_dim), or (total_q, heads_q, head_dim)
+        with cu_seqlens_q, over the sequences; its options and results."""
+        more: dict[str, Any] = {"name": "PagedKVCache.attend"} | self._scales(layer) | options
+        return attention(
+            q,
+            self.k[layer],
+            self.v[layer],
+            block_table=self.block_table(sequences),
+            seqused_k=self.lengths(sequences),
+            **more,
+        )
+
+    def shared_prefix(self, sequences: Sequence[int]) -> int:
+        """Tokens at the start that all sequences have in the same pages: a multiple of
+        page_size, at most every one's length."""
+        pages = 0
+        for column in zip(*(self.pages(s) for s in sequences), strict=False):
+            if len(set(column)) > 1:
+                break
+            pages += 1
+        shortest = min((self.length(s) for s in sequences), default=0)
+        return min(pages, shortest // self.page_size) * self.page_size
+
+    def attend_cascade(
+        self, sequences: Sequence[int], q: Tensor, *, layer: int = 0, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The same as ``attend(..., return_lse=True)``, reading the shared prefix once for all
+        sequences instead of once for each: their queries attend to it as one sequence's, and the
+        result is merged with that over the rest. Causal or full; no window, ALiBi, sinks or bias,
+        which would need the rows' own positions.
+
+        Args:
+            sequences: the batch.
+            q: (batch, seqlen_q, heads_q, head_dim); with causal, seqlen_q must not exceed the
+                shortest sequence's part after the shared prefix (the prefix is then shortened by
+                whole pages until it fits).
+
+        Source: Ye et al., "Cascade Inference" (FlashInfer, 2024).
+        """
+        unknown = set(options) - {"causal", "softmax_scale", "softcap", "backend"}
+        if unknown:
+            raise ArgumentError(
+                f"PagedKVCache.attend_cascade: {', '.join(sorted(unknown))} cannot be used here; "
+                "use attend"
+            )
+        batch, seqlen_q, heads_q, head_dim = q.shape
+        prefix = self.shared_prefix(sequences)
+        shortest = min((self.length(s) for s in sequences), default=0)
+        if options.get("causal", False):
+            prefix = max(0, min(prefix, shortest - seqlen_q)) // self.page_size * self.page_size
+        if prefix == 0:
+            return self.attend(sequences, q, layer=layer, return_lse=True, **options)  # type: ignore[no-any-return]
+        first = prefix // self.page_size
+        table, lengths = self.block_table(sequences), self.lengths(sequences)
+        cache = (self.k[layer], self.v[layer])
+        more: dict[str, Any] = {"return_lse": True, "name": "PagedKVCache.attend_cascade"}
+        more |= self._scales(layer) | options
+        out_prefix, lse_prefix = attention(
+            q.reshape(1, batch * seqlen_q, heads_q, head_dim),
+            *cache,
+            block_table=table[:1, :first],
+            seqused_k=torch.full_like(lengths[:1], prefix),
+            **more | {"causal": False},
+        )
+        out_rest, lse_rest = attention(
+            q,
+            *cache,
+            block_table=table[:, first:].contiguous(),
+            seqused_k=lengths - prefix,
+            **more,
+        )
+        lse_prefix = lse_prefix.reshape(heads_q, batch, seqlen_q).transpose(0, 1)
+        return merge_attention_states(
+            out_prefix.reshape(out_rest.shape), lse_prefix, out_rest, lse_rest
+        )
+
+    # ---- pages ----------------------------------------------------------------------------------
+
+    def _known(self, sequence: int) -> int:
+        if sequence not in self._pages:
+            raise ArgumentError(f"PagedKVCache: there is no sequence {sequence}")
+        return sequence
+
+    def _add(self, pages: list[int], length: int) -> int:
+        sequence, self._next = self._next, self._next + 1
+        self._pages[sequence], self._lengths[sequence] = pages, length
+        return sequence
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._references[page] = 1
+        return page
+
+    def _release(self, page: int) -> None:
+        self._references[page] -= 1
+        if self._references[page] == 0:
+            self._free.append(page)
+
+    def _copy(self, page: int) -> int:
+        """A page of one's own with the same contents, in place of a shared one."""
+        own = self._take()
+        for pool in (self.k, self.v, self.k_scale, self.v_scale):
+            if pool is not None:
+                pool[:, own] = pool[:, page]
+        self._references[page] -= 1
+        return own
+
+    def _scales(self, layer: int) -> dict[str, Any]:
+        if self.k_scale is None or self.v_scale is None:
+            return {}
+        return {"k_scale": self.k_scale[layer], "v_scale": self.v_scale[layer]}
