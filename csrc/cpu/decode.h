@@ -271,16 +271,18 @@ static void decode_item(const void* arg, int64_t item, char* memory) {
   const Sequence seq = p.lengths.sequence(b);
   const DecodeParts parts = DecodeParts::make(p, seq);
   const int64_t within = item - plan.first_item[b];
-  const int hk = static_cast<int>(within / parts.count);
-  const int part = static_cast<int>(within % parts.count);
+  // Heads of the same keys follow each other: their rows share memory pages.
+  const int hk = static_cast<int>(within % p.shape.heads_k);
+  const int part = static_cast<int>(within / p.shape.heads_k);
   const int rows = seq.seqlen_q * plan.group;
 
   ScratchCursor cursor{memory};
   const DecodeScratch s = DecodeScratch::place(&cursor, plan);
-  const auto state_of = [&](int64_t other) {
-    return DecodeState::at(plan.partial + other * plan.partial_size(), plan.rows);
+  const auto state_of = [&](int other) {
+    const int64_t index = plan.first_item[b] + static_cast<int64_t>(other) * p.shape.heads_k + hk;
+    return DecodeState::at(plan.partial + index * plan.partial_size(), plan.rows);
   };
-  const DecodeState state = parts.count > 1 ? state_of(item) : DecodeState::at(s.state, plan.rows);
+  const DecodeState state = parts.count > 1 ? state_of(part) : DecodeState::at(s.state, plan.rows);
   if (rows > 0) {
     load_queries<T>(plan, seq, b, hk, rows, s.q);
     const int begin = parts.seen.begin + part * parts.size;
@@ -304,10 +306,10 @@ static void decode_item(const void* arg, int64_t item, char* memory) {
     int32_t* left = plan.parts_left + static_cast<int64_t>(b) * p.shape.heads_k + hk;
     if (__atomic_sub_fetch(left, 1, __ATOMIC_ACQ_REL) != 0) return;
     for (int other = 1; other < parts.count; ++other) {
-      merge_part(state_of(item - part), state_of(item - part + other), rows, plan.out_ld);
+      merge_part(state_of(0), state_of(other), rows, plan.out_ld);
     }
   }
-  finish_rows<T>(plan, parts.count > 1 ? state_of(item - part) : state, seq, b, hk, rows);
+  finish_rows<T>(plan, parts.count > 1 ? state_of(0) : state, seq, b, hk, rows);
 }
 
 template <class T, bool kReadsQuantised>
