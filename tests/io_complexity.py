@@ -224,7 +224,7 @@ def plot(counts: dict[Run, Count], path: Path) -> None:
             TILES, [counts[r].total / 2**20 for r in runs], "o", color=color, label=NAMES[which]
         )
     axes[2].set_title("dense, N = 1024")
-    axes[2].set_xlabel("keys (FlashAttention) or rows (FlashAttention-2) of a tile")
+    axes[2].set_xlabel("keys or rows of a tile")
     axes[2].set_xticks(TILES, [str(t) for t in TILES])
     axes[2].legend()
     path.parent.mkdir(parents=True, exist_ok=True)

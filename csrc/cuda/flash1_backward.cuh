@@ -19,12 +19,12 @@
 
 namespace fal::cuda {
 
-// dQ's sums for a block that owns them. A thread reads what it wrote itself one tile of keys ago.
-// The loop over tiles of keys needs registers too: 128 keys with plain scores at 64, else 64 keys.
+// The loop over tiles of keys needs registers too: 128 keys fit beside plain scores only.
 template <class T, int kHeadDim, class ScoreMod>
 using Flash1BackwardConfig =
-    Flash2BackwardConfig<T, kHeadDim, ScoreMod, kHeadDim <= 64 && !ScoreMod::kGeneral>;
+    Flash2BackwardConfig<T, kHeadDim, ScoreMod, kHeadDim <= 128 && !ScoreMod::kGeneral>;
 
+// dQ's sums for a block that owns them. A thread reads what it wrote itself one tile of keys ago.
 template <int kHeadDim>
 struct OwnedDqTile : DqTile<kHeadDim> {
   using DqTile<kHeadDim>::kThreads, DqTile<kHeadDim>::kVectors;
