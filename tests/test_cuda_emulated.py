@@ -198,7 +198,7 @@ class Emulated(torch.autograd.Function):
         options = {n: o for n, o in call["options"].items() if not n.startswith("max_seqlen")}
         ctx.options = options | {"sinks": sinks}
         ctx.call = call
-        result = cuda_problem.forward(call["algorithm"], q, k, v, **ctx.options)
+        result = cuda_problem.forward(call["algorithm"], q, k, v, seed=call["seed"], **ctx.options)
         clean(result)
         ctx.save_for_backward(q, k, v, result.out, result.lse)
         return result.out, result.lse
@@ -212,6 +212,7 @@ class Emulated(torch.autograd.Function):
             dout,
             dlse=dlse,
             deterministic=ctx.call["deterministic"],
+            seed=ctx.call["seed"],
             **ctx.options,
         )
         clean(result)
@@ -222,10 +223,13 @@ class Emulated(torch.autograd.Function):
 @pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "deterministic"))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_backward(algorithm: str, deterministic: bool, case: testing.Case) -> None:
+    """Under two random schedules; with test_forward's orderly one, every case sees three."""
+
     def function(
         q: Any, k: Any, v: Any, sinks: Any = None, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         call = {"algorithm": algorithm, "deterministic": deterministic, "options": options}
+        call["seed"] = 1 + deterministic
         out, lse = Emulated.apply(q, k, v, sinks, call)
         return out, lse
 
