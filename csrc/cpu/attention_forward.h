@@ -249,7 +249,7 @@ static void forward_item(const void* arg, int64_t item, char* memory) {
   int64_t block = item % plan.row_blocks;
   if (band.right >= 0 && band.left < 0) block = plan.row_blocks - 1 - block;
   const int64_t begin = block * plan.tile_rows, allocated = p.lengths.allocated_q(b);
-  if (decodes(p, allocated)) return;  // decode.h has them
+  if (decodes(p, seq.seqlen_q)) return;  // decode.h has them
   const int64_t end = min_int(begin + plan.tile_rows, allocated);
   if (begin >= end) return;
   for (int64_t i = begin > seq.seqlen_q ? begin : seq.seqlen_q; i < end; ++i) {
@@ -291,7 +291,7 @@ static void forward_with(const ForwardProblem& problem, const ThreadPool& pool) 
   for (int b = 0; b < shape.batch; ++b) {
     const Sequence seq = problem.lengths.sequence(b);
     const int64_t allocated = problem.lengths.allocated_q(b);
-    if (decodes(problem, allocated)) continue;
+    if (decodes(problem, seq.seqlen_q)) continue;
     if (allocated > longest) longest = allocated;
     plan.flops += 2.0 * shape.heads_q * (shape.head_dim + shape.head_dim_v) * allocated *
                   (seq.seqlen_k + 1.0);

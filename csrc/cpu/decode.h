@@ -23,10 +23,11 @@ constexpr int kDecodeTokens = 8, kDecodeRows = 32;
 constexpr int kDecodePart = 512;  // keys of a part, at least: a part's set-up is then under 2 %
 constexpr int kDecodeParts = 64;  // of one sequence, at most
 
-FAL_INLINE bool decodes(const ForwardProblem& p, int64_t allocated_q) {
+// By the tokens in use, so that padding a sequence does not change its bits.
+FAL_INLINE bool decodes(const ForwardProblem& p, int64_t seqlen_q) {
   if (p.score.dropout_threshold || p.shape.heads_k == 0) return false;
   const int group = p.shape.heads_q / p.shape.heads_k;
-  return allocated_q <= kDecodeTokens && allocated_q * group <= kDecodeRows;
+  return seqlen_q >= 1 && seqlen_q <= kDecodeTokens && seqlen_q * group <= kDecodeRows;
 }
 
 struct DecodeParts {
@@ -325,19 +326,18 @@ static void decode(const ForwardProblem& problem, const ThreadPool& pool) {
   int64_t items = 0;
   double flops = 0;
   const auto parts_of = [&](int b) {
-    const int64_t allocated = problem.lengths.allocated_q(b);
-    return allocated > 0 && decodes(problem, allocated)
-               ? DecodeParts::make(problem, problem.lengths.sequence(b)).count
-               : 0;
+    const Sequence seq = problem.lengths.sequence(b);
+    return decodes(problem, seq.seqlen_q) ? DecodeParts::make(problem, seq).count : 0;
   };
   for (int b = 0; b < shape.batch; ++b) {
     const int parts = parts_of(b);
     if (parts == 0) continue;
-    longest = max_int(longest, problem.lengths.allocated_q(b));
+    const Sequence seq = problem.lengths.sequence(b);
+    longest = max_int(longest, seq.seqlen_q);
     most_parts = max_int(most_parts, parts);
     items += static_cast<int64_t>(parts) * shape.heads_k;
-    flops += 2.0 * shape.heads_q * (shape.head_dim + shape.head_dim_v) *
-             problem.lengths.allocated_q(b) * (problem.lengths.sequence(b).seqlen_k + 1.0);
+    flops += 2.0 * shape.heads_q * (shape.head_dim + shape.head_dim_v) * seq.seqlen_q *
+             (seq.seqlen_k + 1.0);
   }
   if (items == 0) return;
   plan.rows = round_up(longest * plan.group, kDecodeGroup);

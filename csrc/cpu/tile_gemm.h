@@ -93,24 +93,21 @@ FAL_INLINE void accumulate(float* c_tile, int64_t ld, int rows, int vectors, con
       if (k.empty() && !clear_c) continue;
       float* c_row = c_tile + r * ld + dim;
       Float c[kRows][kV];
-      if (clear_c) {
-        clear(c);
-      } else {
-#pragma GCC unroll 16
-        for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-          for (int v = 0; v < kV; ++v) {
-            c[i][v] = load(c_row + i * ld + v * kLanes);
-            if constexpr (kScaled) c[i][v] *= set1(scale[r + i]);
-          }
-        }
-      }
+      clear(c);
       multiply_add(c, a + r * a_row + k.begin * a_depth, a_row, a_depth, panel + k.begin * kPanel,
                    k.size());
 #pragma GCC unroll 16
       for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-        for (int v = 0; v < kV; ++v) store(c_row + i * ld + v * kLanes, c[i][v]);
+        for (int v = 0; v < kV; ++v) {
+          float* to = c_row + i * ld + v * kLanes;
+          // A tile's sum is added as a whole: over a long sequence, one running sum of every
+          // product loses several times as much to rounding.
+          if (!clear_c) {
+            c[i][v] = kScaled ? fma(load(to), set1(scale[r + i]), c[i][v]) : load(to) + c[i][v];
+          }
+          store(to, c[i][v]);
+        }
       }
     }
   });
