@@ -32,15 +32,11 @@ const Engine& engine(Algorithm algorithm) { return kEngines[static_cast<int>(alg
 const char* name(Algorithm algorithm) { return engine(algorithm).name; }
 
 const char* supports_forward(Algorithm algorithm, const ForwardProblem& problem, int capability) {
-  const Engine& e = engine(algorithm);
-  return e.supports_forward ? e.supports_forward(problem, capability)
-                            : "this engine has no forward kernels yet";
+  return engine(algorithm).supports_forward(problem, capability);
 }
 
 const char* supports_backward(Algorithm algorithm, const BackwardProblem& problem, int capability) {
-  const Engine& e = engine(algorithm);
-  return e.supports_backward ? e.supports_backward(problem, capability)
-                             : "this engine has no backward kernels yet";
+  return engine(algorithm).supports_backward(problem, capability);
 }
 
 int64_t forward_workspace_bytes(Algorithm algorithm, const ForwardProblem& problem) {
