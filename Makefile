@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 PIP = $(PY) -m pip --disable-pip-version-check -q
+# A process per core; a file's tests share one, and with it what the file compiles.
+PYTEST_FLAGS ?= -n auto --dist loadfile
 GPU_PYTHON ?= $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 CPP_FILES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' '*.inl')
 
