@@ -45,16 +45,18 @@ format: $(VENV)/.ready  ## rewrite the sources as lint wants them
 bench: build  ## speed against PyTorch on this machine: tables, and JSON in bench/results
 	$(PY) -m flashattn_lite bench $(BENCH_FLAGS)
 
-# pip's isolated build: neither torch nor this virtual environment takes part in it.
 io-complexity: build  ## bytes through device memory, counted: docs/io_complexity.md and its plot
 	PYTHONPATH=.:tests $(PY) tests/io_complexity.py
 
-wheel:  ## build the wheel and try it in a fresh environment
+# pip's isolated build: neither torch nor this virtual environment takes part in it.
+wheel:  ## build the sdist, the wheel from it, and try the wheel in a fresh environment
 	rm -rf dist
 	$(PYTHON) -m venv $(VENV)-build
-	$(VENV)-build/bin/python -m pip --disable-pip-version-check -q install build
-	$(VENV)-build/bin/python -m build --wheel --outdir dist
+	$(VENV)-build/bin/python -m pip --disable-pip-version-check -q install build twine
+	$(VENV)-build/bin/python -m build --outdir dist
+	$(VENV)-build/bin/twine check --strict dist/*
 	$(VENV)-build/bin/python tests/packaging/check_wheel.py dist/*.whl
+	$(VENV)-build/bin/python tests/packaging/check_sdist.py dist/*.tar.gz
 	$(MAKE) wheel-check TORCH=$$(sed -n 's/^torch==//p' constraints.txt)
 
 wheel-check:  ## try dist/*.whl under another torch: make wheel-check TORCH=2.11.0
@@ -67,5 +69,10 @@ wheel-check:  ## try dist/*.whl under another torch: make wheel-check TORCH=2.11
 gpu-check:  ## on a machine with an NVIDIA GPU and the built library: exactness, sanitizer, speed
 	PYTHONPATH=. $(GPU_PYTHON) tests/gpu_check.py $(GPU_CHECK_FLAGS)
 
+docs:  ## the documentation as a site, in site/; no warning passes
+	test -x $(VENV)-docs/bin/mkdocs || $(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip --disable-pip-version-check -q install -r docs/requirements.txt
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet
+
 clean:  ## remove everything that was built
-	rm -rf $(VENV) $(VENV)-* build dist *.egg-info flashattn_lite/_C.so tests/native/build
+	rm -rf $(VENV) $(VENV)-* build dist *.egg-info flashattn_lite/_C.so tests/native/build site

@@ -289,6 +289,8 @@ def flash_attn_varlen_func(
 ) -> Result:
     """Attention of sequences of unequal lengths, laid end to end without padding.
 
+    The other options are as in ``flash_attn_func``; a window side >= max_seqlen_k is unbounded.
+
     Args:
         q: (total_q, heads_q, head_dim).
         k: (total_k, heads_k, head_dim), or (num_pages, page_size, heads_k, head_dim) with
@@ -300,7 +302,6 @@ def flash_attn_varlen_func(
         max_seqlen_k: the longest sequence in k.
         block_table: int32 (batch, max_pages), the physical page of each logical page; lengths of
             the sequences come from cu_seqlens_k.
-        (the rest as in ``flash_attn_func``; a window side >= max_seqlen_k is unbounded)
 
     Returns:
         out: (total_q, heads_q, head_dim_v); 0 in rows that see nothing.

@@ -1,13 +1,17 @@
 """tests/packaging/check_wheel.py on wheels with planted faults; importing a broken installation."""
 
 import importlib.util
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from native.build import CXX, ROOT
@@ -15,16 +19,14 @@ from native.build import CXX, ROOT
 PACKAGE = ROOT / "flashattn_lite"
 
 
-def load_check_wheel():
-    spec = importlib.util.spec_from_file_location(
-        "check_wheel", ROOT / "tests/packaging/check_wheel.py"
-    )
+def load_check(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tests/packaging/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-check_wheel = load_check_wheel()
+check_wheel, check_sdist = load_check("check_wheel"), load_check("check_sdist")
 
 LIBRARY = """
 #include <stdlib.h>
@@ -183,6 +185,39 @@ for folder, version in json.loads(sys.argv[1]):
     torch.__version__ = real
 print(json.dumps(outcomes))
 """
+
+
+def sdist_complaints(tmp_path: Path, change: Callable[[dict], None]) -> list[str]:
+    """check_sdist's, of what a build needs, changed."""
+    folders = [ROOT / source for source in check_sdist.SOURCES]
+    paths = [p for f in folders for p in f.rglob("*") if p.is_file() and p.suffix != ".so"]
+    files = {str(p.relative_to(ROOT)): "" for p in paths if "__pycache__" not in p.parts}
+    files |= dict.fromkeys(check_sdist.NEEDED, "")
+    change(files)
+    path = tmp_path / "flashattn_lite-1.2.3.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"flashattn_lite-1.2.3/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data.encode() if isinstance(data, str) else data))
+    return check_sdist.sdist_complaints(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (with_file("tests/test_core.py"), "tests/test_core.py does not belong"),
+        (with_file("csrc/simt/host_api.h"), "csrc/simt/host_api.h does not belong"),
+        (with_file("flashattn_lite/_C.so"), "flashattn_lite/_C.so does not belong"),
+        (without("csrc/core/band.h"), "csrc/core/band.h is missing"),
+        (without("setup.py"), "setup.py is missing"),
+        (with_file("flashattn_lite/random.py", os.urandom(20_000_001)), "is the limit"),
+    ],
+)
+def test_a_fault_in_the_sdist_is_found(tmp_path: Path, change, complaint: str) -> None:
+    assert sdist_complaints(tmp_path, lambda files: None) == []
+    found = sdist_complaints(tmp_path, change)
+    assert len(found) == 1 and complaint in found[0], found
 
 
 @pytest.fixture(scope="module")
