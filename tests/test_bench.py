@@ -227,7 +227,7 @@ def test_an_error_costs_its_row_only() -> None:
 
 def test_absent_competitors_are_named_with_the_reason() -> None:
     there, absent = runner.choose("cpu")
-    assert there == ["sdpa", "sdpa_causal", "sdpa_loop"]
+    assert there == ["standard", "sdpa", "sdpa_causal", "sdpa_loop"]
     assert absent["sdpa_cudnn"] == "it runs on CUDA only"
     assert runner.choose("cpu", ["sdpa_math"]) == (["sdpa_math"], {})
     with pytest.raises(ValueError, match="--competitors has torch"):
@@ -359,6 +359,23 @@ def test_report_has_every_table_and_its_command(tmp_path: Path) -> None:
     assert "Rows in which PyTorch is better: 1 of 4." in text
     assert "FAILED: 2x2 heads, length 40, head dim 16, dense, fp32: it broke" in text
     assert "absent   flex: why" in text
+
+
+def test_papers_page_answers_what_the_rows_answer(tmp_path: Path) -> None:
+    rows = []
+    for n, standard in ((128, 2.0), (256, 8.0)):
+        row = row_of(replace(SMALL, suite="papers", backward=True, seqlen=n), standard)
+        row.ratios["standard"] = row.ratios.pop(row.baseline)
+        row.samples["standard"] = row.samples.pop(row.baseline)
+        row.baseline = "standard"
+        rows.append(row)
+    results_of(*rows).save(tmp_path / "a-cpu.json")
+    assert report.main([tmp_path / "a-cpu.json"], tmp_path) == 0
+    text = (tmp_path / "papers.md").read_text()
+    assert "| 2.0-8.0x, geometric mean 4.0x | A CPU, avx2 |" in text
+    assert text.count("| not measured yet | an NVIDIA GPU |") == 2  # FlashAttention (1)'s engine
+    assert "| 2x2x256x16 dense | fp32 |" in text
+    assert "2x2x256x16" not in (tmp_path / "performance.md").read_text()
 
 
 def test_report_draws_the_same_plots_again(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from flashattn_lite.bench.timing import Rounds
 EPILOG = """\
 suites: forward, training (forward and backward), masks (window, ragged batches, bias, ALiBi,
 grouped heads), overhead (tiny calls), memory (peak, in child processes), scaling (one thread
-to several).
+to several), papers (the FlashAttention papers' figures, against standard attention).
 
 also:
   flashattn-lite bench report [FILE ...]   tables and plots from results

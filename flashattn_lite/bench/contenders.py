@@ -202,6 +202,23 @@ def _sdpa_mask(case: Case, inputs: Inputs) -> Tensor | None:
     return inputs.bias
 
 
+def standard(case: Case, inputs: Inputs) -> Entry:
+    """The papers' "standard attention": three operators with S and P in memory between them."""
+    hidden = None
+    if case.causal:
+        shape = (case.seqlen, case.seqlen)
+        hidden = torch.ones(shape, dtype=torch.bool, device=case.device).triu(1)
+    scale = case.head_dim**-0.5
+
+    def three_steps(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q * scale) @ k.transpose(-1, -2)
+        if hidden is not None:
+            scores = scores.masked_fill(hidden, float("-inf"))
+        return torch.matmul(scores.softmax(-1), v)
+
+    return bind(case, inputs, three_steps, "heads_first")
+
+
 def sdpa_causal(case: Case, inputs: Inputs) -> Entry:
     """What somebody does who gives up the window for is_causal: another result."""
 
@@ -336,6 +353,11 @@ def _forced(backend: SDPBackend) -> Competitor:
 
 
 COMPETITORS: dict[str, Competitor] = {
+    "standard": Competitor(  # the first that runs a case is its baseline: here the papers'
+        standard,
+        _here,
+        lambda c: None if c.suite == "papers" else "measured in the papers' suite only",
+    ),
     "sdpa": Competitor(sdpa, _here, _anything),
     "sdpa_causal": Competitor(
         sdpa_causal,

@@ -31,6 +31,12 @@ def draw(results: Results, folder: Path, stem: str) -> list[str]:
     rows = [r for r in results.rows if r.case.suite == "memory" and r.ours in r.samples]
     if len({row.case.seqlen for row in rows}) > 1:
         drawn.append((f"{stem}-memory.svg", _memory(pyplot, rows)))
+    rows = [r for r in results.rows if r.case.suite == "papers" and r.ours in r.samples]
+    for causal in (False, True):
+        some = [row for row in rows if row.case.causal == causal]
+        if len({row.case.seqlen for row in some}) > 1:
+            name = f"{stem}-papers-{'causal' if causal else 'dense'}.svg"
+            drawn.append((name, _times(pyplot, some)))
     if drawn:
         folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn:
@@ -68,6 +74,24 @@ def _speed(pyplot: Any, rows: list[Row], title: str, clock: str) -> Any:
     axes.set_xticks(sorted({row.case.seqlen for row in rows}))
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def _times(pyplot: Any, rows: list[Row]) -> Any:
+    """Milliseconds over the length, as the papers draw it; one shape for each length."""
+    case = rows[-1].case
+    title = f"Forward and backward, {case.mask_name()}, head dim {case.head_dim}, {case.dtype}"
+    figure, axes = _axes(pyplot, title, "milliseconds")
+    rows = [r for r in rows if (r.case.head_dim, r.case.dtype) == (case.head_dim, case.dtype)]
+    for name in dict.fromkeys(name for row in rows for name in (row.ours, *row.ratios)):
+        points = [
+            (r.case.seqlen, r.samples[name].median() * 1e3) for r in rows if name in r.samples
+        ]
+        axes.plot(*zip(*points, strict=True), "o-", label=name)
+    axes.set_yscale("log")
+    axes.set_xticks(sorted({row.case.seqlen for row in rows}))
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.legend(fontsize="small")
     return figure
 

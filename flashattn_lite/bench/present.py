@@ -18,6 +18,7 @@ TITLES = {
     "overhead": "Small calls",
     "memory": "Peak memory of a call beyond its inputs",
     "scaling": "From one thread to several",
+    "papers": "The papers' figures: forward and backward against standard attention",
 }
 SHAPE = "batch x heads x length x head dim"
 FLASH1_AIM = 1.7

@@ -1,12 +1,12 @@
-"""``flashattn-lite bench report``: performance.md and its plots, from JSON results alone."""
+"""``flashattn-lite bench report``: performance.md, papers.md and their plots, from JSON results."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flashattn_lite.bench import machine, present, tables
+from flashattn_lite.bench import machine, papers, present, tables
 from flashattn_lite.bench.plots import draw
 from flashattn_lite.bench.results import Results, ResultsError
 
@@ -29,7 +29,7 @@ units (AMX) goes beyond the FMA peak in 16-bit types.
 
 
 def main(paths: Sequence[Path], output: Path | None) -> int:
-    """Writes performance.md and performance/*.svg into the output folder."""
+    """Writes performance.md, papers.md and performance/*.svg into the output folder."""
     root = machine.checkout()
     if not paths:
         folder = root / "bench" / "results" if root is not None else Path()
@@ -40,36 +40,43 @@ def main(paths: Sequence[Path], output: Path | None) -> int:
                 f"no results in {folder.resolve()}; run `flashattn-lite bench` first"
             )
     folder = output if output is not None else root / "docs" if root is not None else Path()
-    loaded = {path: Results.load(path) for path in paths}
+    named = {_shown(path, root): Results.load(path) for path in paths}
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / "performance.md"
-    target.write_text(markdown(loaded, folder, root))
-    print(f"written: {target}")
+    plots = {
+        name: draw(results, folder / "performance", Path(name).stem)
+        for name, results in named.items()
+    }
+    for page, text in {
+        "performance.md": markdown(named, plots),
+        "papers.md": papers.markdown(named, {n: of_papers(drawn) for n, drawn in plots.items()}),
+    }.items():
+        (folder / page).write_text(text)
+        print(f"written: {folder / page}")
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: matplotlib is not installed (pip install matplotlib)")
     return 0
 
 
-def markdown(loaded: dict[Path, Results], folder: Path, root: Path | None) -> str:
-    """The document; plots are drawn into ``folder`` where matplotlib is installed."""
-    names = [
-        str(p.relative_to(root)) if root and p.is_relative_to(root) else p.name for p in loaded
-    ]
-    parts = [INTRODUCTION.format(sources=", ".join(f"`{name}`" for name in names))]
-    for path, results in loaded.items():
-        parts.append(section(results, path.stem, folder))
+def _shown(path: Path, root: Path | None) -> str:
+    return str(path.relative_to(root)) if root and path.is_relative_to(root) else path.name
+
+
+def of_papers(plots: Sequence[str]) -> list[str]:
+    """Those of the plots that papers.md shows."""
+    return [plot for plot in plots if "-papers" in plot]
+
+
+def markdown(loaded: Mapping[str, Results], plots: Mapping[str, Sequence[str]]) -> str:
+    """performance.md. ``loaded``: results by their file's name; ``plots``: files drawn for each."""
+    parts = [INTRODUCTION.format(sources=", ".join(f"`{name}`" for name in loaded))]
+    for name, results in loaded.items():
+        parts.append(section(results, [p for p in plots[name] if p not in of_papers(plots[name])]))
     return "\n".join(parts)
 
 
-def section(results: Results, stem: str, folder: Path) -> str:
-    """One run: machine, aims, losses, then every suite's table."""
-    facts, settings = results.facts, results.settings
-    on_gpu = settings.get("device") == "cuda"
-    title = facts["gpus"][0]["name"] if on_gpu else facts["cpu"]["model"]
-    if not on_gpu:
-        title += f", {facts['library']['build']['cpu']['active']}"
-        title += " (held to it on both sides)" if settings.get("isa") else ""
-    parts = [f"\n## {title}\n", "```", *present.header(results), "```\n"]
+def section(results: Results, plots: Sequence[str]) -> str:
+    """One run: machine, aims, losses, plots, then every suite's table."""
+    parts = [f"\n## {papers.title(results)}\n", "```", *present.header(results), "```\n"]
     parts.append(f"Measured {results.created[:10]} with\n\n```\n{results.command}\n```\n")
     headers, body = present.group_table(results.rows, results.clock)
     if body:
@@ -82,9 +89,11 @@ def section(results: Results, stem: str, folder: Path) -> str:
     for row in results.failures:
         parts.append(f"- FAILED: {row.case.label()}, {row.case.dtype}: {row.failure}")
     parts.append("")
-    for name in draw(results, folder / "performance", stem):
-        parts.append(f"![{name}](performance/{name})\n")
+    parts += [f"![{plot}](performance/{plot})\n" for plot in plots]
     for suite in results.suites():
+        if suite == "papers":
+            parts.append("### The papers' figures\n\nSee [papers.md](papers.md).\n")
+            continue
         headers, body = present.suite_table(suite, results)
         parts.append(f"### {present.TITLES[suite]}\n")
         parts.append(f"`{command_of(results, suite)}`\n")

@@ -55,7 +55,7 @@ def choose(device: str, wanted: Sequence[str] | None = None) -> tuple[list[str],
         else:
             absent[name] = reason
     if device == "cuda":  # PyTorch's best there is a backend by name
-        present.sort(key=lambda name: name != "sdpa_flash")
+        present.sort(key=lambda name: {"standard": 0, "sdpa_flash": 1}.get(name, 2))
     return present, absent
 
 
@@ -139,7 +139,7 @@ def _entries(case: Case, inputs: Inputs, settings: Settings, row: Row) -> dict[s
         for name in settings.competitors
         if COMPETITORS[name].refuses(case) is None
     }
-    if case.device == "cuda" and case.suite in ("forward", "training"):
+    if case.device == "cuda" and case.suite in ("forward", "training", "papers"):
         builds[FLASH1] = lambda c, i: ours(c, i, FLASH1)
     for name, build in builds.items():
         try:

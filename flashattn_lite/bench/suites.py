@@ -9,7 +9,7 @@ from typing import Any
 
 from flashattn_lite.bench.cases import DTYPES, Case
 
-SUITES = ("forward", "training", "masks", "overhead", "memory", "scaling")
+SUITES = ("forward", "training", "masks", "overhead", "memory", "scaling", "papers")
 SIZES = ("quick", "default", "full")
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -221,6 +221,22 @@ def _scaling(plan: Plan) -> list[Case]:
     return cases
 
 
+def _papers(plan: Plan) -> list[Case]:
+    """The FlashAttention papers' figures: time of forward + backward over the length, with and
+    without a causal mask, against standard attention."""
+    longest = {"quick": 1024, "default": 4096, "full": 8192}[plan.size]
+    return [
+        plan.case(
+            "papers",
+            **{"dtype": plan.dtypes[0], "causal": causal, "backward": True},
+            **{"seqlen": n, "heads": 4, "head_dim": 64, "threads": plan.threads[-1]},
+        )
+        for causal in (False, True)
+        for n in LENGTHS
+        if n <= longest
+    ]
+
+
 # ---- CUDA ---------------------------------------------------------------------------------------
 
 CUDA_TOKENS, CUDA_WIDTH = 16384, 2048  # the papers' setting: batch x length, heads x head dim
@@ -236,9 +252,9 @@ def _cuda_shapes(plan: Plan) -> list[dict[str, int]]:
     ]
 
 
-def _cuda_dense(suite: str, plan: Plan) -> list[Case]:
+def _cuda_dense(suite: str, plan: Plan, *, backward: bool) -> list[Case]:
     return [
-        plan.case(suite, dtype=d, causal=causal, backward=suite == "training", **shape)
+        plan.case(suite, dtype=d, causal=causal, backward=backward, **shape)
         for d in plan.dtypes
         if d != "fp32"
         for causal in (False, True)
@@ -297,14 +313,16 @@ _CPU: dict[str, Callable[[Plan], list[Case]]] = {
     "overhead": _overhead,
     "memory": _memory,
     "scaling": _scaling,
+    "papers": _papers,
 }
 _CUDA: dict[str, Callable[[Plan], list[Case]]] = {
-    "forward": lambda plan: _cuda_dense("forward", plan),
-    "training": lambda plan: _cuda_dense("training", plan),
+    "forward": lambda plan: _cuda_dense("forward", plan, backward=False),
+    "training": lambda plan: _cuda_dense("training", plan, backward=True),
     "masks": _cuda_masks,
     "overhead": _cuda_overhead,
     "memory": _cuda_memory,
     "scaling": lambda plan: [],  # threads are the CPU's
+    "papers": lambda plan: _cuda_dense("papers", plan, backward=True),
 }
 
 
