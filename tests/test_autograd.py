@@ -163,3 +163,38 @@ def test_gradients_in_a_checkpointed_block() -> None:
     )
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_function_transforms_give_what_autograd_gives() -> None:
+    q, k, v = torch.randn(3, 6, 2, 8), torch.randn(3, 7, 2, 8), torch.randn(3, 7, 2, 8)
+    sinks = torch.randn(2)
+
+    def loss(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        out = attention(q, k, v, sinks=s, causal=True)
+        assert isinstance(out, torch.Tensor)
+        return out.square().sum()
+
+    def of_one(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return loss(q[None], k[None], v[None], sinks)
+
+    leaves = [t.clone().requires_grad_() for t in (q, k, v, sinks)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    actual = torch.func.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, sinks)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+    of_samples = torch.func.vmap(torch.func.grad(of_one, argnums=(0, 1, 2)))(q, k, v)
+    for a, e in zip(of_samples, expected[:3], strict=True):
+        assert torch.equal(a, e)
+    with pytest.raises(RuntimeError, match=r"attention: second derivatives"):
+        torch.func.grad(lambda q: torch.func.grad(loss)(q, k, v, sinks).sum())(q)
+
+
+def test_forward_mode_is_refused_with_the_remedy() -> None:
+    q = torch.randn(1, 3, 2, 4)
+    for function in (attention, flash_attn_func):
+        with pytest.raises(NotImplementedError, match=r"forward-mode .* use float64"):
+            torch.func.jvp(lambda q, f=function: f(q, q, q), (q,), (q,))
+    exact, tangent = torch.func.jvp(lambda q: attention(q, q, q), (q.double(),), (q.double(),))
+    step = 1e-6 * q.double()
+    shifted = attention(*[q.double() + step] * 3)
+    torch.testing.assert_close((shifted - exact) / 1e-6, tangent, rtol=1e-4, atol=1e-5)
