@@ -86,15 +86,19 @@ def rotate(
     rotary_sin: Tensor,
     offsets: Tensor | None,
     *,
-    advance: bool,
+    advance: bool = True,
     interleaved: bool,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
     name: str,
 ) -> Tensor:
-    """x (batch, seqlen, heads, head_dim), rotated for positions offsets[b] + i, or offsets[b] for
-    every row when advance is false."""
+    """x (batch, seqlen, heads, head_dim), or (total, heads, head_dim) with cu_seqlens, rotated for
+    positions offsets[b] + i, or offsets[b] for every row when advance is false."""
+    if max_seqlen is None:
+        max_seqlen = x.shape[1] if cu_seqlens is None else x.shape[0]
     try:
         rotated: Tensor = _ops.rotate(
-            *(_unit_last(x), rotary_cos, rotary_sin, None, offsets, x.shape[1]),
+            *(_unit_last(x), rotary_cos, rotary_sin, cu_seqlens, offsets, max_seqlen),
             *(interleaved, advance),
         )
     except RuntimeError as error:

@@ -180,7 +180,7 @@ class PagedKVCache:
             if count > 0 and length % self.page_size:
                 writers[pages[-1]] += 1
         # Of a page's holders that write, all copy it but the one that may keep it.
-        return fresh + sum(min(n, self._references[page] - 1) for page, n in writers.items())
+        return fresh + sum(min(n, self._holders(page) - 1) for page, n in writers.items())
 
     def extend(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
         """Reserves slots for `counts[i]` more tokens of `sequences[i]`; ``write`` fills them.
@@ -204,7 +204,7 @@ class PagedKVCache:
             )
         for sequence, count in zip(sequences, counts, strict=True):
             pages, length = self._pages[sequence], self._lengths[sequence]
-            if count > 0 and length % self.page_size and self._references[pages[-1]] > 1:
+            if count > 0 and length % self.page_size and self._holders(pages[-1]) > 1:
                 pages[-1] = self._copy(pages[-1])
             while len(pages) * self.page_size < length + count:
                 pages.append(self._take())
@@ -360,6 +360,10 @@ class PagedKVCache:
         self._references[page] = 1
         return page
 
+    def _holders(self, page: int) -> int:
+        """Who rely on its contents: with more than one, a writer gets a copy."""
+        return self._references[page]
+
     def _release(self, page: int) -> None:
         self._references[page] -= 1
         if self._references[page] == 0:
@@ -371,7 +375,7 @@ class PagedKVCache:
         for pool in (self.k, self.v, self.k_scale, self.v_scale):
             if pool is not None:
                 pool[:, own] = pool[:, page]
-        self._references[page] -= 1
+        self._release(page)
         return own
 
     def _scales(self, layer: int) -> dict[str, Any]:

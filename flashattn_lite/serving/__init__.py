@@ -12,6 +12,7 @@ from flashattn_lite.serving.engine import Engine, EngineConfig
 from flashattn_lite.serving.loading import load_model
 from flashattn_lite.serving.request import (
     Completion,
+    QueueFullError,
     RequestError,
     RequestOutput,
     SamplingParams,
@@ -23,6 +24,7 @@ __all__ = [
     "Completion",
     "Engine",
     "EngineConfig",
+    "QueueFullError",
     "RequestError",
     "RequestOutput",
     "SamplingParams",

@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from flashattn_lite.serving.kv_transfer import Handover
+    from flashattn_lite.serving.pool import PageKey
 
 __all__ = [
     "Completion",
     "FinishReason",
+    "QueueFullError",
     "Request",
     "RequestError",
     "RequestOutput",
@@ -36,6 +41,10 @@ class RequestError(ValueError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class QueueFullError(RequestError):
+    """Too many requests wait; the same request can be served later (HTTP 429 or 503)."""
 
 
 @dataclass(frozen=True)
@@ -209,28 +218,40 @@ class Request:
         request_id: unique among the requests in flight.
         tokens: the prompt, then what was generated.
         prompt_tokens: how many of them are the prompt.
-        params: how to sample; its seed is set.
-        arrival: the clock's time at submission, seconds.
-        sequence: its sequence in the page pool, None while it holds no pages.
+        params: how to sample.
+        seed: params.seed, or the one that the engine drew.
+        arrival: the clock's time when it was queued, seconds.
+        admitted: the clock's time when it first got pages.
+        sequence: its sequence in the page pool; None while it has no pages.
         computed: tokens whose keys and values are in the pool.
+        keys: of its full pages, as far as known.
+        published: full pages that others can find.
         cached_tokens: prompt tokens that came out of the prefix cache at first admission.
         preemptions: how often it gave its pages up.
+        handover: where its prompt's keys and values come from, when another engine computed them.
     """
 
     request_id: str
     tokens: list[int]
     prompt_tokens: int
     params: SamplingParams
-    seed: int
+    seed: int = 0
     arrival: float = 0.0
+    admitted: float | None = None
     sequence: int | None = None
     computed: int = 0
+    keys: list[PageKey] = field(default_factory=list)
+    published: int = 0
     cached_tokens: int = 0
     preemptions: int = 0
-    finish_reason: FinishReason | None = None
-    extra: Any = None
+    handover: Handover | None = None
 
     @property
     def generated(self) -> int:
         """Tokens generated so far."""
         return len(self.tokens) - self.prompt_tokens
+
+    @property
+    def decodes(self) -> bool:
+        """Whether only its newest token is to be computed."""
+        return self.computed == len(self.tokens) - 1 and self.generated > 0
