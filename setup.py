@@ -36,6 +36,7 @@ AVX512_FLAGS = AVX2_FLAGS + " -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefe
 ISA_FLAGS = {
     "_avx2": (X86, AVX2_FLAGS),
     "_avx512": (X86, AVX512_FLAGS),
+    "_avx512_bf16": (X86, AVX512_FLAGS + " -mavx512bf16"),
     "_amx": (X86, AVX512_FLAGS + " -mavx512bf16 -mamx-tile -mamx-bf16"),
     "_neon": (ARM, ""),
 }

@@ -19,9 +19,15 @@ from native import build
 ENGINE = build.ROOT / "csrc/cpu"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-AMX = ["-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+AVX512_BF16 = [*AVX2, *AVX512, "-mavx512bf16"]
 ISA_FLAGS: dict[str, list[str]] = (
-    {"amx": AVX2 + AVX512 + AMX, "avx512": AVX2 + AVX512, "avx2": AVX2, "baseline": []}
+    {
+        "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+        "avx512_bf16": AVX512_BF16,
+        "avx512": AVX2 + AVX512,
+        "avx2": AVX2,
+        "baseline": [],
+    }
     if platform.machine() == "x86_64"
     else {"neon": []}
 )
@@ -103,6 +109,7 @@ def instructions(isa: str) -> str:
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 instructions")
 def test_each_isa_uses_its_registers_and_no_others() -> None:
     assert len(re.findall(r"vfmadd\w+ps .*%zmm", instructions("avx512"))) > 100
+    assert len(re.findall(r"vdpbf16ps .*%zmm", instructions("avx512_bf16"))) > 100
     avx2 = instructions("avx2")
     assert len(re.findall(r"vfmadd\w+ps .*%ymm", avx2)) > 100
     assert "%zmm" not in avx2

@@ -122,15 +122,4 @@ FAL_INLINE Float exp2_by_scalef(Float x) {
   return _mm512_scalef_ps(p, x);
 }
 
-// bf16 pairs: each lane gets even in its lower half and odd in its upper half, rounded to nearest
-// (ties away from zero). Four instructions; vcvtne2ps2bf16 takes two cycles alone and leaves the
-// halves apart. A NaN must have a zero among its lower 16 bits' top (as arithmetic makes them) to
-// stay one.
-FAL_INLINE Int bf16_pairs(Float even, Float odd) {
-  const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32(-0x10000);
-  const __m512i low = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(even), half), 16);
-  const __m512i high = _mm512_add_epi32(_mm512_castps_si512(odd), half);
-  return (Int)_mm512_ternarylogic_epi32(high, upper, low, 0xEA);  // (high & upper) | low
-}
-
 }  // namespace fal::cpu::FAL_CPU_ISA

@@ -84,7 +84,7 @@ FAL_INLINE void store_gradients(const GradientBlock& block, int key, const Float
 #pragma GCC unroll 2
   for (int v = 0; v < kVectors; ++v) {
     _mm512_store_si512(block.ds_pairs + key / 2 * 128 + v * 64,
-                       (__m512i)bf16_pairs(ds[0][v], ds[1][v]));
+                       (__m512i)make_pairs(ds[0][v], ds[1][v]).lanes);
   }
 }
 
@@ -126,8 +126,9 @@ static FAL_NOINLINE void general_gradient(const BackwardTile& t, const AmxBackwa
   const PanelRange range{b * kBlock, (b + 1) * kBlock, masked};
   Float unused[kVectors] = {};
   modify_panel<kPanel>(t.mod, panel.first_row, 0, keys, range, panel.mask, scores, s.bend, unused);
-  gradient_panel<kPanel>(t, panel.row, range, panel.mask, scores, dscores,
-                         s.keep ? s.keep + range.begin * kPanel : nullptr);
+  gradient_panel<kPanel>(t, panel.row, range, panel.mask, 1.f, scores, dscores,
+                         s.keep ? s.keep + range.begin * kPanel : nullptr, scores, dscores,
+                         dscores);
   finish_scores<kPanel>(t, panel.row, keys, range, dscores, s.bend);
   for (int key = 0; key < kBlock; key += 2) {
     Float p[2][kVectors], ds[2][kVectors];

@@ -79,7 +79,7 @@ struct SoftmaxLanes {
       const Float even = exp2_by_scalef(fma(load(scores + v * kLanes), scale, minus[v]));
       const Float odd = exp2_by_scalef(fma(load(scores + kPanel + v * kLanes), scale, minus[v]));
       sum[v] += even + odd;
-      _mm512_store_si512(pairs + v * 64, (__m512i)bf16_pairs(even, odd));
+      _mm512_store_si512(pairs + v * 64, (__m512i)make_pairs(even, odd).lanes);
     }
   }
 };
@@ -108,8 +108,8 @@ static FAL_NOINLINE void accumulate_visible(const AmxPanel& panel, const char* p
   for (int r = begin * kBlock; r < end * kBlock; ++r) {
     Float p[kVectors];
     for (int v = 0; v < kVectors; ++v) {
-      const Int pair = load(reinterpret_cast<const int32_t*>(pairs + r / 2 * 128 + v * 64));
-      p[v] = (Float)(r % 2 ? (pair & -0x10000) : (pair << 16));
+      const char* pair = pairs + r / 2 * 128 + v * 64;
+      p[v] = element(load(reinterpret_cast<const Pair*>(pair)), r % 2);
     }
     for (int d = 0; d < panel.dims_v; ++d) {
       const char* tile = panel.v + (static_cast<int64_t>(d / 16) * tiles + r / 32) * kTileBytes;

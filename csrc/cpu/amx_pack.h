@@ -13,29 +13,9 @@
 #include <type_traits>
 
 #include "amx.h"
-#include "pack.h"
+#include "pack_pairs.h"
 
 namespace fal::cpu::FAL_CPU_ISA {
-
-// The first n <= 32 elements of a row, zeros after them.
-FAL_INLINE __m512i load_row_32(const BFloat16* row, int n) {
-  if (n >= 32) return _mm512_loadu_si512(row);
-  return _mm512_maskz_loadu_epi16((__mmask32{1} << max_int(n, 0)) - 1, row);
-}
-// The first n <= 16 elements of a row, zeros after them.
-FAL_INLINE __m256i load_row_16(const BFloat16* row, int n) {
-  if (n >= 16) return _mm256_loadu_si256((const __m256i*)row);
-  return _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << max_int(n, 0)) - 1), row);
-}
-
-// Side by side in 32-bit lanes: even in the lower half, odd in the upper one.
-FAL_INLINE __m512i pair_rows(__m256i even, __m256i odd) {
-  alignas(64) static constexpr uint16_t kOrder[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                      21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                      11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), both);
-}
 
 FAL_INLINE void store_tile_row(char* tile, int row, __m512i x) {
   _mm512_store_si512(tile + row * 64, x);
@@ -129,7 +109,8 @@ FAL_INLINE void pack_depth_tiles(const Rows& rows, int n, int capacity, int dims
 #pragma GCC unroll 16
                  for (int i = 0; i < 16; ++i) {
                    pairs[i] = (Float)pair_rows(block.template load_16<kWhole>(2 * i, d, dims),
-                                               block.template load_16<kWhole>(2 * i + 1, d, dims));
+                                               block.template load_16<kWhole>(2 * i + 1, d, dims))
+                                  .lanes;
                  }
                  store_transposed(pairs, tile);
                });
@@ -147,27 +128,13 @@ FAL_INLINE void pack_row_pairs(const Rows& rows, int n, int dims, char* out) {
         constexpr bool kWhole = decltype(whole)::value;
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) {
-          store_tile_row(out, i,
-                         pair_rows(block.template load_16<kWhole>(2 * i, d, dims),
-                                   block.template load_16<kWhole>(2 * i + 1, d, dims)));
+          const Pairs pairs = pair_rows(block.template load_16<kWhole>(2 * i, d, dims),
+                                        block.template load_16<kWhole>(2 * i + 1, d, dims));
+          store_tile_row(out, i, (__m512i)pairs.lanes);
         }
       });
     }
   }
-}
-
-// True if no element of the rows is infinite or NaN.
-template <class Rows>
-FAL_INLINE bool rows_finite(const Rows& rows, int n, int dims) {
-  const __m512i exponent = _mm512_set1_epi16(0x7f80);
-  __mmask32 special = 0;
-  for (int r = 0; r < n; ++r) {
-    for (int d = 0; d < dims; d += 32) {
-      const __m512i x = _mm512_and_si512(load_row_32(rows(r) + d, dims - d), exponent);
-      special |= _mm512_cmpeq_epi16_mask(x, exponent);
-    }
-  }
-  return special == 0;
 }
 
 }  // namespace fal::cpu::FAL_CPU_ISA

@@ -13,18 +13,28 @@
 // is linear in length: two floats a row, and for 16-bit types one fp32 copy of dQ.
 #pragma once
 
-#include "attention_forward.h"
-#include "backward_rows.h"
+#include "gradient_panel.h"
 
 namespace fal::cpu::FAL_CPU_ISA {
 
+// Words of a row of K or V of `dims` elements, as S and dP read it.
+template <class Word>
+FAL_INLINE int row_words(int dims) {
+  return round_up(words<Word>(dims), kLanes);
+}
+
+template <class Word>
 struct BackwardScratch {
   // A key block: rows and panels of K, rows of V, the gradients.
-  float *k, *k_panels, *v, *dk, *dv;
+  Word *k, *k_panels, *v;
+  float *dk, *dv;
   // A query tile: transposed panels and panels of Q and dO, dQ.
-  float *q_transposed, *dout_transposed, *q_panels, *dout_panels, *dq;
-  // A score tile [key][kScoreStride].
+  Word *q_transposed, *dout_transposed, *q_panels, *dout_panels;
+  float* dq;
+  // A score tile [key][kScoreStride]: S and dP become P and dS, words of query rows. Words of keys,
+  // the other operand that dS is, need memory of their own where a word is a pair.
   float *p, *ds, *bend, *bias;
+  Word* ds_of_keys;
   int32_t* keep;
   bool k_finite, q_finite, dout_finite;  // of the block and of the tile that are packed
 
@@ -33,19 +43,26 @@ struct BackwardScratch {
     const ForwardProblem& f = problem.forward;
     const int dim = round_up(f.shape.head_dim, kPanel),
               dim_v = round_up(f.shape.head_dim_v, kPanel);
+    const int depth = row_words<Word>(f.shape.head_dim),
+              depth_v = row_words<Word>(f.shape.head_dim_v);
     BackwardScratch s;
-    s.k = cursor->take<float>(block_keys * dim);
-    s.k_panels = cursor->take<float>(block_keys * dim);
-    s.v = cursor->take<float>(block_keys * dim_v);
+    s.k = cursor->take<Word>(block_keys * depth);
+    s.k_panels = cursor->take<Word>(words<Word>(block_keys) * dim);
+    s.v = cursor->take<Word>(block_keys * depth_v);
     s.dk = cursor->take<float>(block_keys * dim);
     s.dv = cursor->take<float>(block_keys * dim_v);
-    s.q_transposed = cursor->take<float>(kTileRows * dim);
-    s.dout_transposed = cursor->take<float>(kTileRows * dim_v);
-    s.q_panels = cursor->take<float>(kTileRows * dim);
-    s.dout_panels = cursor->take<float>(kTileRows * dim_v);
+    s.q_transposed = cursor->take<Word>(kTileRows * depth);
+    s.dout_transposed = cursor->take<Word>(kTileRows * depth_v);
+    s.q_panels = cursor->take<Word>(words<Word>(kTileRows) * dim);
+    s.dout_panels = cursor->take<Word>(words<Word>(kTileRows) * dim_v);
     s.dq = cursor->take<float>(kTileRows * dim);
     s.p = cursor->take<float>(kTileKeys * kScoreStride);
     s.ds = cursor->take<float>(kTileKeys * kScoreStride);
+    if constexpr (kPerWord<Word> == 1) {
+      s.ds_of_keys = s.ds;
+    } else {
+      s.ds_of_keys = cursor->take<Word>(words<Word>(kTileKeys) * kScoreStride);
+    }
     s.bend = f.score.softcap > 0.f ? cursor->take<float>(kTileKeys * kScoreStride) : nullptr;
     s.bias = f.score.bias.data ? cursor->take<float>(kTileRows * kTileKeys) : nullptr;
     s.keep = f.score.dropout_threshold ? cursor->take<int32_t>(kTileKeys * kScoreStride) : nullptr;
@@ -54,99 +71,23 @@ struct BackwardScratch {
   }
 };
 
-struct BackwardTile {
-  const BackwardPlan* plan;
-  Band band;
-  Range rows;   // the query tile
-  Range block;  // the key block
-  int batch, head;
-  bool general;
-  PanelScoreMod mod;
-  Dropout dropout;
-  const float *lse, *delta;  // of the tile's rows: base-2 LSE (+inf for an empty row), delta
-
-  // Of a panel's lanes; padded ones have lse +inf, so that P = 0.
-  FAL_INLINE void load_stats(int panel_row, Float (&lse_of_lane)[kVectors],
-                             Float (&delta_of_lane)[kVectors]) const {
-    for (int v = 0; v < kVectors; ++v) {
-      const int row = panel_row + v * kLanes, left = max_int(0, rows.size() - row);
-      const bool whole = left >= kLanes;
-      lse_of_lane[v] = whole ? load(lse + row) : load_first(lse + row, left);
-      delta_of_lane[v] = whole ? load(delta + row) : load_first(delta + row, left);
-      if (!whole) {
-        lse_of_lane[v] = select(less(iota(), set1(left)), lse_of_lane[v], set1(FAL_INFINITY));
-      }
-    }
-  }
-};
-
-// From S^T (in `p`, base 2) and dP^T (in `ds`) of one panel to P^T (dropped and scaled where
-// dropout says so) and dS^T. All are [key - range.begin][kStride], lanes from panel_row on.
-template <int kStride>
-static FAL_NOINLINE void gradient_panel(const BackwardTile& t, int panel_row, PanelRange range,
-                                        const PanelMask& mask, float* p_panel, float* ds_panel,
-                                        const int32_t* keep_panel) {
-  Float lse[kVectors], delta[kVectors];
-  t.load_stats(panel_row, lse, delta);
-  const Float keep_scale = set1(t.dropout.keep_scale());
-  for (int r = range.begin; r < range.end; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const int at = (r - range.begin) * kStride + v * kLanes;
-      Float p = exp2(load(p_panel + at) - lse[v]);
-      Float dp = load(ds_panel + at);
-      if (range.masked) p = keep(mask.visible(v, r), p);
-      Float p_dropped = p;
-      if (keep_panel) {
-        const Int kept = load(keep_panel + at);
-        dp = keep_bits(kept, dp) * keep_scale;
-        p_dropped = keep_bits(kept, p) * keep_scale;
-      }
-      Float ds = p * (dp - delta[v]);
-      if (range.masked) ds = keep(mask.visible(v, r), ds);
-      store(p_panel + at, p_dropped);
-      store(ds_panel + at, ds);
-    }
-  }
-}
-
-// dS^T of one panel -> the bias gradient, then through the softcap. Laid out as above.
-template <int kStride>
-static FAL_NOINLINE void finish_scores(const BackwardTile& t, int panel_row, Range keys,
-                                       PanelRange range, float* ds, const float* bend) {
-  const Bias& dbias = t.plan->problem.dbias;
-  if (dbias.data) {
-    dispatch_element(dbias.dtype, [&](auto element) {
-      using T = decltype(element);
-      T* base = static_cast<T*>(dbias.data) + t.batch * dbias.batch + t.head * dbias.head;
-      for (int i = panel_row; i < min_int(panel_row + kPanel, t.rows.size()); ++i) {
-        T* row = base + (t.rows.begin + i) * dbias.row + keys.begin * dbias.col;
-        for (int r = range.begin; r < min_int(range.end, keys.size()); ++r) {
-          store_one(row + r * dbias.col, ds[(r - range.begin) * kStride + i - panel_row]);
-        }
-      }
-    });
-  }
-  if (!bend) return;
-  for (int r = 0; r < range.end - range.begin; ++r) {
-    for (int v = 0; v < kPanel; v += kLanes) {
-      const int at = r * kStride + v;
-      store(ds + at, load(ds + at) * load(bend + at));
-    }
-  }
-}
-
 // The five products of one (query tile, key tile). `offset` is the key tile's place in the key
 // block.
-static FAL_NOINLINE void backward_tile(const BackwardTile& t, const BackwardScratch& s, Range keys,
-                                       int offset, bool partial, bool first) {
+template <class Word>
+static FAL_NOINLINE void backward_tile(const BackwardTile& t, const BackwardScratch<Word>& s,
+                                       Range keys, int offset, bool partial, bool first) {
   const ForwardProblem& f = t.plan->problem.forward;
   const Shape& shape = f.shape;
   const int dim = shape.head_dim, dim_v = shape.head_dim_v;
   const int ld = round_up(dim, kPanel), ld_v = round_up(dim_v, kPanel);
+  const int depth = words<Word>(dim), depth_v = words<Word>(dim_v);
+  const int k_ld = row_words<Word>(dim), v_ld = row_words<Word>(dim_v);
   const int rows = t.rows.size(), n = keys.size();
-  const float* k = s.k + static_cast<int64_t>(offset) * ld;
-  const float* v = s.v + static_cast<int64_t>(offset) * ld_v;
+  const Word* k = s.k + static_cast<int64_t>(offset) * k_ld;
+  const Word* v = s.v + static_cast<int64_t>(offset) * v_ld;
+  Word *p = reinterpret_cast<Word*>(s.p), *ds = reinterpret_cast<Word*>(s.ds);
+  // modify_panel leaves values in base 2.
+  const float scale = kScaledQ<Word> || t.general ? 1.f : f.score.scale * kLog2E;
   if (s.bias) pack_bias(f.score.bias, t.batch, t.head, t.rows, keys, s.bias);
   if (s.keep) {
     fill_dropout<kScoreStride>(t.dropout, static_cast<uint32_t>(t.batch) * shape.heads_q + t.head,
@@ -159,19 +100,31 @@ static FAL_NOINLINE void backward_tile(const BackwardTile& t, const BackwardScra
     PanelMask mask;
     if (range.masked) mask = PanelMask::make(t.band, panel_rows.begin, keys);
     Float unused[kVectors] = {};
-    score_panel<false, false>(k, ld, s.q_transposed + static_cast<int64_t>(row) * dim, dim, range,
-                              mask, s.p + row, unused);
-    score_panel<false, false>(v, ld_v, s.dout_transposed + static_cast<int64_t>(row) * dim_v, dim_v,
-                              range, mask, s.ds + row, unused);
+    score_panel<false, false>(k, k_ld, s.q_transposed + static_cast<int64_t>(row) * depth, depth,
+                              range, mask, s.p + row, unused);
+    score_panel<false, false>(v, v_ld, s.dout_transposed + static_cast<int64_t>(row) * depth_v,
+                              depth_v, range, mask, s.ds + row, unused);
     const int at = range.begin * kScoreStride + row;
+    const int32_t* keep = s.keep ? s.keep + at : nullptr;
+    float* bend = s.bend ? s.bend + at : nullptr;
     if (t.general) {
-      modify_panel<kScoreStride>(t.mod, panel_rows.begin, row, keys, range, mask, s.p + at,
-                                 s.bend ? s.bend + at : nullptr, unused);
+      modify_panel<kScoreStride>(t.mod, panel_rows.begin, row, keys, range, mask, s.p + at, bend,
+                                 unused);
     }
-    gradient_panel<kScoreStride>(t, row, range, mask, s.p + at, s.ds + at,
-                                 s.keep ? s.keep + at : nullptr);
-    finish_scores<kScoreStride>(t, row, keys, range, s.ds + at, s.bend ? s.bend + at : nullptr);
-    fill_panel(range, s.ds + row);
+    // Lane 0 of the panel, in words along query rows; never beyond the fp32 that it came from.
+    const int rows_at = range.begin * kScoreStride + row / kPerWord<Word>;
+    const int keys_at = range.begin / kPerWord<Word> * kScoreStride + row;
+    if (kPerWord<Word> == 1 || bend || t.plan->problem.dbias.data) {
+      gradient_panel<kScoreStride>(t, row, range, mask, scale, s.p + at, s.ds + at, keep, s.p + at,
+                                   s.ds + at, s.ds + at);
+      finish_scores<kScoreStride>(t, row, keys, range, s.ds + at, bend);
+      round_gradients(range, s.p + at, s.ds + at, p + rows_at, ds + rows_at,
+                      s.ds_of_keys + keys_at);
+    } else {
+      gradient_panel<kScoreStride>(t, row, range, mask, scale, s.p + at, s.ds + at, keep,
+                                   p + rows_at, ds + rows_at, s.ds_of_keys + keys_at);
+    }
+    fill_panel(range, s.ds_of_keys + row);
   }
 
   // Query rows, relative to the tile, that see some key of [begin, end); keys that some row sees.
@@ -192,27 +145,27 @@ static FAL_NOINLINE void backward_tile(const BackwardTile& t, const BackwardScra
   const int vectors = (dim + kLanes - 1) / kLanes, vectors_v = (dim_v + kLanes - 1) / kLanes;
   float* dv = s.dv + static_cast<int64_t>(offset) * ld_v;
   float* dk = s.dk + static_cast<int64_t>(offset) * ld;
-  const float* k_panels = s.k_panels + static_cast<int64_t>(offset) * ld;
+  const Word* k_panels = s.k_panels + static_cast<int64_t>(words<Word>(offset)) * ld;
   if (s.dout_finite || !partial) {
-    accumulate<false>(dv, ld_v, n, vectors_v, s.p, kScoreStride, 1, s.dout_panels, kTileRows, false,
+    accumulate<false>(dv, ld_v, n, vectors_v, p, kScoreStride, 1, s.dout_panels, kTileRows, false,
                       nullptr, rows_of_group);
   } else {
-    accumulate_exactly(dv, ld_v, n, vectors_v, s.p, kScoreStride, 1, s.dout_panels, kTileRows,
-                       false, nullptr, rows_of_one);
+    accumulate_exactly(dv, ld_v, n, vectors_v, p, kScoreStride, 1, s.dout_panels, kTileRows, false,
+                       nullptr, rows_of_one);
   }
   if (s.q_finite || !partial) {
-    accumulate<false>(dk, ld, n, vectors, s.ds, kScoreStride, 1, s.q_panels, kTileRows, false,
+    accumulate<false>(dk, ld, n, vectors, ds, kScoreStride, 1, s.q_panels, kTileRows, false,
                       nullptr, rows_of_group);
   } else {
-    accumulate_exactly(dk, ld, n, vectors, s.ds, kScoreStride, 1, s.q_panels, kTileRows, false,
+    accumulate_exactly(dk, ld, n, vectors, ds, kScoreStride, 1, s.q_panels, kTileRows, false,
                        nullptr, rows_of_one);
   }
   if (s.k_finite || !partial) {
-    accumulate<false>(s.dq, ld, rows, vectors, s.ds, 1, kScoreStride, k_panels, kTileKeys, first,
-                      nullptr, keys_of_group);
+    accumulate<false>(s.dq, ld, rows, vectors, s.ds_of_keys, 1, kScoreStride, k_panels, kTileKeys,
+                      first, nullptr, keys_of_group);
   } else {
-    accumulate_exactly(s.dq, ld, rows, vectors, s.ds, 1, kScoreStride, k_panels, kTileKeys, first,
-                       nullptr, keys_of_one);
+    accumulate_exactly(s.dq, ld, rows, vectors, s.ds_of_keys, 1, kScoreStride, k_panels, kTileKeys,
+                       first, nullptr, keys_of_one);
   }
 }
 
@@ -264,9 +217,23 @@ FAL_INLINE void store_key_block(const BackwardPlan& plan, const float* dk_block,
   }
 }
 
-// The products of an item in fp32 vectors. Another product (amx_backward.h) has the same members.
+// dO of a query tile, transposed.
+template <class Rows>
+FAL_INLINE void pack_gradients(const Rows& dout, int n, int dim_v, float* out) {
+  pack_transposed(dout, n, dim_v, 1.f, out);
+}
+#if defined(__AVX512BF16__)
+template <class Rows>
+FAL_INLINE void pack_gradients(const Rows& dout, int n, int dim_v, Pair* out) {
+  pack_transposed(dout, n, dim_v, out);
+}
+#endif
+
+// The products of an item in vectors of words. Another product (amx_backward.h) has the same
+// members.
+template <class Word>
 struct VectorBackward {
-  using Scratch = BackwardScratch;
+  using Scratch = BackwardScratch<Word>;
   static constexpr int kTileKeys = fal::cpu::FAL_CPU_ISA::kTileKeys;
 
   FAL_INLINE static int max_tile_rows(const Shape&) { return kTileRows; }
@@ -290,11 +257,11 @@ struct VectorBackward {
   template <class Rows>
   FAL_INLINE static void pack_keys(const Rows& k, const Rows& v, int n, int dim, int dim_v,
                                    int offset, int, Scratch* s) {
-    const int ld = round_up(dim, kPanel), ld_v = round_up(dim_v, kPanel);
-    pack_rows(k, n, round_up(n, kRows), dim, ld, s->k + static_cast<int64_t>(offset) * ld);
-    pack_rows(v, n, round_up(n, kRows), dim_v, ld_v, s->v + static_cast<int64_t>(offset) * ld_v);
-    s->k_finite &=
-        pack_panels(k, n, kTileKeys, dim, s->k_panels + static_cast<int64_t>(offset) * ld);
+    const int ld = row_words<Word>(dim), ld_v = row_words<Word>(dim_v), padded = round_up(n, kRows);
+    pack_rows(k, n, padded, dim, ld, s->k + static_cast<int64_t>(offset) * ld);
+    pack_rows(v, n, padded, dim_v, ld_v, s->v + static_cast<int64_t>(offset) * ld_v);
+    const int64_t panels = static_cast<int64_t>(words<Word>(offset)) * round_up(dim, kPanel);
+    s->k_finite &= pack_panels(k, n, kTileKeys, dim, s->k_panels + panels);
   }
 
   // Q and dO of a tile of query rows.
@@ -302,9 +269,8 @@ struct VectorBackward {
   FAL_INLINE static void pack_queries(const Rows& q, const Rows& dout, int n,
                                       const ForwardProblem& f, Scratch* s) {
     const int dim = f.shape.head_dim, dim_v = f.shape.head_dim_v;
-    pack_transposed(q, n, dim, modifies_scores(f.score) ? 1.f : f.score.scale * kLog2E,
-                    s->q_transposed);
-    pack_transposed(dout, n, dim_v, 1.f, s->dout_transposed);
+    fal::cpu::FAL_CPU_ISA::pack_queries(q, n, f, s->q_transposed);
+    pack_gradients(dout, n, dim_v, s->dout_transposed);
     s->q_finite = pack_panels(q, n, kTileRows, dim, s->q_panels);
     s->dout_finite = pack_panels(dout, n, kTileRows, dim_v, s->dout_panels);
   }
@@ -409,7 +375,7 @@ static void backward_with(const BackwardProblem& problem, const ThreadPool& pool
 
 [[maybe_unused]] static void backward(const BackwardProblem& problem, const ThreadPool& pool) {
   dispatch_element(problem.forward.shape.dtype, [&](auto element) {
-    backward_with<decltype(element), VectorBackward>(problem, pool);
+    backward_with<decltype(element), VectorBackward<float>>(problem, pool);
   });
 }
 

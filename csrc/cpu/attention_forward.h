@@ -9,28 +9,34 @@
 //   softmax_panel    P^T = exp2(S^T - max), running sum     reduced across lanes
 //   accumulate       O = diag(alpha) O + P V                P^T is the packed operand as it stands
 //
-// Scratch of one thread (fp32), head dim 128: Q 96 KiB, K 48, V 48, S 78, O 96.
+// Q, K, V and P are words of fp32, or pairs of bf16 (simd.h): then P is rounded to bf16, and the
+// scale is applied to S, because it would round Q.
+//
+// Scratch of one thread (fp32), head dim 128: Q 96 KiB, K 72, V 72, S 117, O 96.
 #pragma once
 
 #include "../core/tiles.h"
 #include "decode.h"
+#include "pack_pairs.h"
 #include "parallel.h"
 #include "score_panel.h"
 #include "scratch.h"
 
 namespace fal::cpu::FAL_CPU_ISA {
 
+template <class Word>
 struct ForwardScratch {
-  float *q, *k, *v, *scores, *out, *max, *sum, *alpha, *bias;
+  Word *q, *k, *v;
+  float *scores, *out, *max, *sum, *alpha, *bias;
   int32_t* keep;
 
   FAL_INLINE static ForwardScratch place(ScratchCursor* cursor, const ForwardProblem& p, int) {
-    const int dim = round_up(p.shape.head_dim, kLanes),
+    const int dim = round_up(words<Word>(p.shape.head_dim), kLanes),
               dim_v = round_up(p.shape.head_dim_v, kPanel);
     ForwardScratch s;
-    s.q = cursor->take<float>(kTileRows * dim);
-    s.k = cursor->take<float>(kTileKeys * dim);
-    s.v = cursor->take<float>(kTileKeys * dim_v);
+    s.q = cursor->take<Word>(kTileRows * dim);
+    s.k = cursor->take<Word>(kTileKeys * dim);
+    s.v = cursor->take<Word>(words<Word>(kTileKeys) * dim_v);
     s.scores = cursor->take<float>(kTileKeys * kScoreStride);
     s.out = cursor->take<float>(kTileRows * dim_v);
     s.max = cursor->take<float>(kTileRows);
@@ -50,9 +56,24 @@ struct ForwardPlan {
   double flops;
 };
 
-// P^T = exp2(S^T - max) in place, the running sum, and alpha, by which earlier results shrink.
-FAL_INLINE void softmax_panel(float* scores, PanelRange range, const Float (&new_max)[kVectors],
-                              float* max, float* sum, float* alpha) {
+// True where Q is packed with the scale in it.
+template <class Word>
+constexpr bool kScaledQ = kPerWord<Word> == 1;
+
+// P^T of kPerWord keys, as the words that O = P V multiplies.
+FAL_INLINE void store_words(float* to, const Float (&p)[1]) { store(to, p[0]); }
+#if defined(__AVX512BF16__)
+FAL_INLINE void store_words(Pair* to, const Float (&p)[2]) { store(to, make_pairs(p[0], p[1])); }
+#endif
+
+// P^T = exp2(scale S^T - max) over S^T (row r of words holds the keys from r * kPerWord on), the
+// running sum, and alpha, by which earlier results shrink. The scale is 1 for words of fp32.
+template <class Word>
+FAL_INLINE void softmax_panel(float* scores, PanelRange range, Float scale,
+                              const Float (&new_max)[kVectors], float* max, float* sum,
+                              float* alpha) {
+  constexpr int kKeys = kPerWord<Word>;
+  Word* p_words = reinterpret_cast<Word*>(scores);
   Float reference[kVectors], total[kVectors];
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
@@ -60,13 +81,17 @@ FAL_INLINE void softmax_panel(float* scores, PanelRange range, const Float (&new
     reference[v] = select(equal(new_max[v], set1(-FAL_INFINITY)), set1(0.f), new_max[v]);
     total[v] = set1(0.f);
   }
-  for (int r = range.begin; r < range.end; ++r) {
+  for (int r = range.begin; r < range.end; r += kKeys) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      float* s = scores + r * kScoreStride + v * kLanes;
-      const Float p = exp2(load(s) - reference[v]);
-      store(s, p);
-      total[v] += p;
+      Float p[kKeys];
+#pragma GCC unroll 2
+      for (int i = 0; i < kKeys; ++i) {
+        const Float s = load(scores + (r + i) * kScoreStride + v * kLanes);
+        p[i] = exp2(kScaledQ<Word> ? s - reference[v] : fma(s, scale, -reference[v]));
+        total[v] += p[i];
+      }
+      store_words(p_words + r / kKeys * kScoreStride + v * kLanes, p);
     }
   }
 #pragma GCC unroll 4
@@ -77,6 +102,28 @@ FAL_INLINE void softmax_panel(float* scores, PanelRange range, const Float (&new
     store(sum + v * kLanes, fma(load(sum + v * kLanes), shrink, total[v]));
   }
 }
+
+// P^T of one panel: dropped elements become 0.
+FAL_INLINE void drop_panel(PanelRange range, const int32_t* keep, float* p) {
+  for (int r = range.begin; r < range.end; ++r) {
+    for (int v = 0; v < kPanel; v += kLanes) {
+      const int at = r * kScoreStride + v;
+      store(p + at, keep_bits(load(keep + at), load(p + at)));
+    }
+  }
+}
+#if defined(__AVX512BF16__)
+FAL_INLINE void drop_panel(PanelRange range, const int32_t* keep, Pair* p) {
+  for (int r = range.begin; r < range.end; r += 2) {
+    for (int v = 0; v < kPanel; v += kLanes) {
+      Pair* to = p + r / 2 * kScoreStride + v;
+      const int32_t* even = keep + r * kScoreStride + v;
+      const Int kept = (load(even) & 0xffff) | (load(even + kScoreStride) & -0x10000);
+      store(to, Pairs{load(to).lanes & kept});
+    }
+  }
+}
+#endif
 
 struct ForwardTile {
   const ForwardProblem* problem;
@@ -93,11 +140,16 @@ struct ForwardTile {
 };
 
 // One tile of keys whose K and V are packed.
-static FAL_NOINLINE void forward_tile(const ForwardTile& t, const ForwardScratch& s, Tile tile,
-                                      bool first, bool v_finite) {
+template <class Word>
+static FAL_NOINLINE void forward_tile(const ForwardTile& t, const ForwardScratch<Word>& s,
+                                      Tile tile, bool first, bool v_finite) {
   const Shape& shape = t.problem->shape;
   const Range keys = tile.range;
-  const int k_ld = round_up(shape.head_dim, kLanes), rows = t.rows.size();
+  const int depth = words<Word>(shape.head_dim), k_ld = round_up(depth, kLanes),
+            rows = t.rows.size();
+  // modify_panel leaves values in base 2.
+  const Float scale = set1(kScaledQ<Word> || t.general ? 1.f : t.problem->score.scale * kLog2E);
+  Word* p = reinterpret_cast<Word*>(s.scores);
   if (t.mod.bias) pack_bias(t.problem->score.bias, t.batch, t.head, t.rows, keys, s.bias);
   if (s.keep) {
     fill_dropout<kScoreStride>(t.dropout, t.batch_head(), t.rows, keys, s.keep);
@@ -106,31 +158,31 @@ static FAL_NOINLINE void forward_tile(const ForwardTile& t, const ForwardScratch
   for (int row = 0; row < rows; row += kPanel) {
     const Range panel_rows{t.rows.begin + row, min_int(t.rows.begin + row + kPanel, t.rows.end)};
     const PanelRange range = panel_range(t.band, panel_rows, keys, kRows, kRows - 1);
-    const float* q_panel = s.q + static_cast<int64_t>(row) * shape.head_dim;
+    const Word* q_panel = s.q + static_cast<int64_t>(row) * depth;
     float* scores = s.scores + row;
     PanelMask mask;
     if (range.masked) mask = PanelMask::make(t.band, panel_rows.begin, keys);
     Float new_max[kVectors];
-    for (int v = 0; v < kVectors; ++v) new_max[v] = load(s.max + row + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      new_max[v] = kScaledQ<Word> ? load(s.max + row + v * kLanes) : set1(-FAL_INFINITY);
+    }
     if (t.general) {
-      score_panel<false, false>(s.k, k_ld, q_panel, shape.head_dim, range, mask, scores, new_max);
+      score_panel<false, false>(s.k, k_ld, q_panel, depth, range, mask, scores, new_max);
       modify_panel<kScoreStride>(t.mod, panel_rows.begin, row, keys, range, mask,
                                  scores + range.begin * kScoreStride, nullptr, new_max);
     } else if (range.masked) {
-      score_panel<true, true>(s.k, k_ld, q_panel, shape.head_dim, range, mask, scores, new_max);
+      score_panel<true, true>(s.k, k_ld, q_panel, depth, range, mask, scores, new_max);
     } else {
-      score_panel<false, true>(s.k, k_ld, q_panel, shape.head_dim, range, mask, scores, new_max);
+      score_panel<false, true>(s.k, k_ld, q_panel, depth, range, mask, scores, new_max);
     }
-    softmax_panel(scores, range, new_max, s.max + row, s.sum + row, s.alpha + row);
-    fill_panel(range, scores);
-    if (s.keep) {
-      for (int r = range.begin; r < range.end; ++r) {
-        for (int v = 0; v < kPanel; v += kLanes) {
-          const int at = r * kScoreStride + row + v;
-          store(s.scores + at, keep_bits(load(s.keep + at), load(s.scores + at)));
-        }
+    if constexpr (!kScaledQ<Word>) {
+      for (int v = 0; v < kVectors; ++v) {
+        new_max[v] = max(new_max[v] * scale, load(s.max + row + v * kLanes));
       }
     }
+    softmax_panel<Word>(scores, range, scale, new_max, s.max + row, s.sum + row, s.alpha + row);
+    fill_panel(range, p + row);
+    if (s.keep) drop_panel(range, s.keep + row, p + row);
   }
 
   // Depth trimmed per row group to the keys that its rows see.
@@ -142,11 +194,11 @@ static FAL_NOINLINE void forward_tile(const ForwardTile& t, const ForwardScratch
   const int ld = round_up(shape.head_dim_v, kPanel),
             vectors = (shape.head_dim_v + kLanes - 1) / kLanes;
   if (v_finite || tile.kind == TileKind::kFull) {
-    accumulate<true>(s.out, ld, rows, vectors, s.scores, 1, kScoreStride, s.v, kTileKeys, first,
-                     s.alpha, [&](int r) { return keys_of_rows(r, r + kRows); });
+    accumulate<true>(s.out, ld, rows, vectors, p, 1, kScoreStride, s.v, kTileKeys, first, s.alpha,
+                     [&](int r) { return keys_of_rows(r, r + kRows); });
   } else {
-    accumulate_exactly(s.out, ld, rows, vectors, s.scores, 1, kScoreStride, s.v, kTileKeys, first,
-                       s.alpha, [&](int r) { return keys_of_rows(r, r + 1); });
+    accumulate_exactly(s.out, ld, rows, vectors, p, 1, kScoreStride, s.v, kTileKeys, first, s.alpha,
+                       [&](int r) { return keys_of_rows(r, r + 1); });
   }
 }
 
@@ -177,11 +229,26 @@ FAL_INLINE void store_forward_row(const ForwardTile& t, const Sequence& seq, int
   if (p.lse.data) *p.lse.at(t.batch, t.head, row) = state.lse();
 }
 
-// The products of an item in fp32 vectors. Another product (amx_forward.h) has the same members.
+// Q of an item, transposed; in fp32 with the scale in it unless scores are modified.
+template <class Rows>
+FAL_INLINE void pack_queries(const Rows& q, int n, const ForwardProblem& p, float* out) {
+  const bool general = modifies_scores(p.score);
+  pack_transposed(q, n, p.shape.head_dim, general ? 1.f : p.score.scale * kLog2E, out);
+}
+#if defined(__AVX512BF16__)
+template <class Rows>
+FAL_INLINE void pack_queries(const Rows& q, int n, const ForwardProblem& p, Pair* out) {
+  pack_transposed(q, n, p.shape.head_dim, out);
+}
+#endif
+
+// The products of an item in vectors of words. Another product (amx_forward.h) has the same
+// members.
+template <class Word>
 struct VectorForward {
-  using Scratch = ForwardScratch;
+  using Scratch = ForwardScratch<Word>;
   static constexpr int kTileKeys = fal::cpu::FAL_CPU_ISA::kTileKeys;
-  static constexpr bool kReadsQuantised = true;
+  static constexpr bool kReadsQuantised = kPerWord<Word> == 1;
 
   // Smaller tiles where there would be too few items to balance; no row's result depends on it.
   FAL_INLINE static int max_tile_rows(const Shape& shape, int64_t longest, int threads) {
@@ -199,7 +266,8 @@ struct VectorForward {
                               Tiles tiles) {
     const ForwardProblem& p = *t.problem;
     const Shape& shape = p.shape;
-    const int padded = round_up(t.rows.size(), kPanel), dim = round_up(shape.head_dim, kLanes);
+    const int padded = round_up(t.rows.size(), kPanel),
+              k_ld = round_up(words<Word>(shape.head_dim), kLanes);
     for (int i = 0; i < padded; ++i) {
       s.max[i] = -FAL_INFINITY;
       s.sum[i] = 0.f;
@@ -210,13 +278,10 @@ struct VectorForward {
 
     bool first = true;
     for (Tile tile; tiles.next(&tile); first = false) {
-      if (first) {
-        pack_transposed(q_rows, t.rows.size(), shape.head_dim,
-                        t.general ? 1.f : p.score.scale * kLog2E, s.q);
-      }
+      if (first) pack_queries(q_rows, t.rows.size(), p, s.q);
       const int n = tile.range.size(), begin = tile.range.begin;
       pack_rows([&](int r) { return kv.k_row(begin + r); }, n, round_up(n, kRows), shape.head_dim,
-                dim, s.k);
+                k_ld, s.k);
       const bool v_finite = pack_panels([&](int r) { return kv.v_row(begin + r); }, n, kTileKeys,
                                         shape.head_dim_v, s.v);
       forward_tile(t, s, tile, first, v_finite);
@@ -311,7 +376,7 @@ static void forward_with(const ForwardProblem& problem, const ThreadPool& pool) 
 
 [[maybe_unused]] static void forward(const ForwardProblem& problem, const ThreadPool& pool) {
   dispatch_element(problem.shape.dtype, [&](auto element) {
-    forward_with<decltype(element), VectorForward>(problem, pool);
+    forward_with<decltype(element), VectorForward<float>>(problem, pool);
   });
 }
 

@@ -10,7 +10,7 @@ namespace fal::cpu {
 namespace {
 
 constexpr int kMaxHeadDim = 256;
-constexpr int kMaxIsas = 4;
+constexpr int kMaxIsas = 5;
 
 struct Available {
   const IsaKernels* kernels[kMaxIsas] = {};
@@ -31,6 +31,7 @@ struct Available {
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
       if (request_amx()) add(kernels_amx);
+      if (__builtin_cpu_supports("avx512bf16")) add(kernels_avx512_bf16);
       add(kernels_avx512);
     }
     if (avx2) add(kernels_avx2);

@@ -24,7 +24,8 @@ struct IsaKernels {
 };
 
 #if defined(__x86_64__)
-extern const IsaKernels kernels_amx, kernels_avx512, kernels_avx2, kernels_baseline;
+extern const IsaKernels kernels_amx, kernels_avx512_bf16, kernels_avx512, kernels_avx2,
+    kernels_baseline;
 #elif defined(__aarch64__)
 extern const IsaKernels kernels_neon;
 #else

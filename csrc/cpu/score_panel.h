@@ -37,11 +37,12 @@ FAL_INLINE PanelRange panel_range(const Band& band, Range rows, Range keys, int 
   return {begin, end, masked, fill.begin - keys.begin, fill.end - keys.begin};
 }
 
-// Zeros in [fill_begin, fill_end) outside [begin, end).
-FAL_INLINE void fill_panel(PanelRange range, float* scores) {
-  const auto zero = [scores](int begin, int end) {
-    for (int r = begin; r < end; ++r) {
-      for (int v = 0; v < kPanel; v += kLanes) store(scores + r * kScoreStride + v, set1(0.f));
+// Zeros in [fill_begin, fill_end) outside [begin, end), in whole words of keys.
+template <class Word>
+FAL_INLINE void fill_panel(PanelRange range, Word* p) {
+  const auto zero = [p](int begin, int end) {
+    for (int r = begin / kPerWord<Word>; r < words<Word>(end); ++r) {
+      memset(p + r * kScoreStride, 0, sizeof(Word) * kPanel);
     }
   };
   zero(range.fill_begin, min_int(range.begin, range.fill_end));
@@ -70,14 +71,14 @@ struct PanelMask {
 
 // S^T[key][lane] of one panel: rows of K times the Q^T panel, masked, and the running maximum
 // beside it. The same for dP^T = V dO^T, which wants neither.
-template <bool kMasked, bool kMaximum>
-FAL_INLINE void score_panel(const float* k, int64_t k_ld, const float* q_panel, int head_dim,
+template <bool kMasked, bool kMaximum, class Word>
+FAL_INLINE void score_panel(const Word* k, int64_t k_ld, const Word* q_panel, int depth,
                             PanelRange range, const PanelMask& mask, float* scores,
                             Float (&running_max)[kVectors]) {
   for (int r = range.begin; r < range.end; r += kRows) {
     Float c[kRows][kVectors];
     clear(c);
-    multiply_add(c, k + r * k_ld, k_ld, 1, q_panel, head_dim);
+    multiply_add(c, k + r * k_ld, k_ld, 1, q_panel, depth);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4

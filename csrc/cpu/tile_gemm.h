@@ -2,11 +2,11 @@
 // broadcasts, and a panel of B, read as vectors. All products of forward and backward are this loop
 // with other strides (scores S^T = K Q^T, outputs O = P V, and the five of backward).
 //
-// Operands are fp32 tiles in scratch memory:
-//   rows    [row][ld]                A of the scores: element (i, k) at a + i * ld + k
+// Operands are tiles of words (fp32, or pairs of bf16 along the depth) in scratch memory:
+//   rows    [row][ld]                A of the scores: word (i, k) at a + i * ld + k
 //   panels  [dim / kPanel][row][kPanel]   B: one panel's rows are adjacent
 //   scores  [key][kScoreStride]      lanes are query rows. It is the transposed A of O = P V as it
-//                                    stands: element (i, k) at a + i + k * kScoreStride
+//                                    stands: word (i, k) at a + i + k * kScoreStride
 #pragma once
 
 #include "simd.h"
@@ -25,6 +25,13 @@ static_assert(kTileKeys % kRows == 0 && kTileKeys % 16 == 0, "");
 FAL_INLINE int round_up(int x, int unit) { return (x + unit - 1) / unit * unit; }
 FAL_INLINE int round_down(int x, int unit) { return x / unit * unit; }
 
+// Words that hold `elements` along the depth.
+template <class Word>
+FAL_INLINE int words(int elements) {
+  return (elements + kPerWord<Word> - 1) / kPerWord<Word>;
+}
+static_assert(kTileRows % 2 == 0 && kTileKeys % 2 == 0 && kRows % 2 == 0, "tiles are whole pairs");
+
 template <int kV>
 FAL_INLINE void clear(Float (&c)[kRows][kV]) {
 #pragma GCC unroll 16
@@ -36,21 +43,21 @@ FAL_INLINE void clear(Float (&c)[kRows][kV]) {
 
 // c += sum over k < depth of a[i * a_row + k * a_depth] * b[k * kPanel + lane]. The loop over k is
 // not unrolled: unrolling by two cost 40 % with GCC (accumulators spilled).
-template <int kV>
-FAL_INLINE void multiply_add(Float (&c)[kRows][kV], const float* a, int64_t a_row, int64_t a_depth,
-                             const float* b, int depth) {
+template <int kV, class Word>
+FAL_INLINE void multiply_add(Float (&c)[kRows][kV], const Word* a, int64_t a_row, int64_t a_depth,
+                             const Word* b, int depth) {
   // One pointer for every three rows: an address is then pointer + {0, 1, 2} * a_row.
-  const float* p[kRows / 3];
+  const Word* p[kRows / 3];
 #pragma GCC unroll 16
   for (int g = 0; g < kRows / 3; ++g) p[g] = a + 3 * g * a_row;
 #pragma GCC unroll 1
   for (int k = 0; k < depth; ++k) {
-    Float row[kV];
+    decltype(load(b)) row[kV];
 #pragma GCC unroll 4
     for (int v = 0; v < kV; ++v) row[v] = load(b + v * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < kRows; ++i) {
-      const Float x = set1(p[i / 3][i % 3 * a_row]);
+      const auto x = broadcast(p[i / 3] + i % 3 * a_row);
 #pragma GCC unroll 4
       for (int v = 0; v < kV; ++v) c[i][v] = fma(x, row[v], c[i][v]);
     }
@@ -76,20 +83,22 @@ FAL_INLINE void for_each_panel(int vectors, F&& f) {
 }
 
 // C[rows][ld] += A B over whole panels, the range of k trimmed for each group of kRows rows.
-//   a_row, a_depth   strides of A
-//   b                panels, `b_rows` rows each
+//   a_row, a_depth   strides of A, in words
+//   b                panels of room for `b_rows` elements of depth each
 //   clear_c          C starts from 0; otherwise from C, times scale[row] when kScaled
-//   depth_of(r)      Range of k for rows [r, r + kRows)
+//   depth_of(r)      Range of elements along the depth for rows [r, r + kRows); what shares a word
+//                    with its ends is 0 in A
 // C has round_up(rows, kRows) rows of memory; those past `rows` receive arbitrary values.
-template <bool kScaled, class DepthOf>
-FAL_INLINE void accumulate(float* c_tile, int64_t ld, int rows, int vectors, const float* a,
-                           int64_t a_row, int64_t a_depth, const float* b, int b_rows, bool clear_c,
+template <bool kScaled, class Word, class DepthOf>
+FAL_INLINE void accumulate(float* c_tile, int64_t ld, int rows, int vectors, const Word* a,
+                           int64_t a_row, int64_t a_depth, const Word* b, int b_rows, bool clear_c,
                            const float* scale, DepthOf&& depth_of) {
   for_each_panel(vectors, [&](auto width, int dim) {
     constexpr int kV = decltype(width)::value;
-    const float* panel = b + static_cast<int64_t>(dim) * b_rows;
+    const Word* panel = b + static_cast<int64_t>(dim) * words<Word>(b_rows);
     for (int r = 0; r < rows; r += kRows) {
-      const Range k = depth_of(r);
+      const Range elements = depth_of(r);
+      const Range k{elements.begin / kPerWord<Word>, words<Word>(elements.end)};
       if (k.empty() && !clear_c) continue;
       float* c_row = c_tile + r * ld + dim;
       Float c[kRows][kV];
@@ -115,20 +124,23 @@ FAL_INLINE void accumulate(float* c_tile, int64_t ld, int rows, int vectors, con
 
 // The same for operands that hold a NaN or an infinity at a masked place: one row at a time over
 // exactly the visible range, because 0 * NaN in a group's trimmed range would be NaN.
-template <class DepthOf>
+template <class Word, class DepthOf>
 FAL_NOINLINE void accumulate_exactly(float* c_tile, int64_t ld, int rows, int vectors,
-                                     const float* a, int64_t a_row, int64_t a_depth, const float* b,
+                                     const Word* a, int64_t a_row, int64_t a_depth, const Word* b,
                                      int b_rows, bool clear_c, const float* scale,
                                      DepthOf&& depth_of_row) {
   for (int v = 0; v < vectors; ++v) {
     const int dim = v * kLanes;
-    const float* panel = b + static_cast<int64_t>(dim / kPanel * kPanel) * b_rows + dim % kPanel;
+    const Word* panel =
+        b + static_cast<int64_t>(dim / kPanel * kPanel) * words<Word>(b_rows) + dim % kPanel;
     for (int r = 0; r < rows; ++r) {
       float* c_row = c_tile + r * ld + dim;
       Float c = clear_c ? set1(0.f) : load(c_row) * set1(scale ? scale[r] : 1.f);
       const Range range = depth_of_row(r);
       for (int k = range.begin; k < range.end; ++k) {
-        c = fma(set1(a[r * a_row + k * a_depth]), load(panel + k * kPanel), c);
+        const int word = k / kPerWord<Word>, part = k % kPerWord<Word>;
+        c = fma(element(broadcast(a + r * a_row + word * a_depth), part),
+                element(load(panel + word * kPanel), part), c);
       }
       store(c_row, c);
     }
