@@ -24,6 +24,7 @@ FORWARD_ARGUMENTS = (
     *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"),
     *("block_table", "k_scale", "v_scale", "max_seqlen_q", "max_seqlen_k"),
     *("alibi_slopes", "sinks", "bias", "dropout_seed"),
+    *("block_mask", "block_mask_layout"),
     *("softmax_scale", "softcap", "window_left", "window_right", "dropout_p"),
     "backend",
 )

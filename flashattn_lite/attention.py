@@ -86,15 +86,15 @@ class _TransformableAttention(torch.autograd.Function):
         name: str,
         deterministic: bool,
     ) -> tuple[Tensor, Tensor]:
-        lengths, slopes, (seed, *numbers) = others[:10], others[10], others[11:]
-        out, lse = _ops.forward(q, k, v, *lengths, slopes, sinks, bias, seed, *numbers)
+        lengths, slopes, tensors, numbers = others[:10], others[10], others[11:14], others[14:]
+        out, lse = _ops.forward(q, k, v, *lengths, slopes, sinks, bias, *tensors, *numbers)
         return out, lse
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         q, k, v, sinks, bias, others, ctx.name, ctx.deterministic = inputs
-        lengths, slopes, (seed, *numbers) = others[:10], others[10], others[11:]
-        ctx.save_for_backward(*output, q, k, v, *lengths[:8], slopes, sinks, bias, seed)
+        lengths, slopes, tensors, numbers = others[:10], others[10], others[11:14], others[14:]
+        ctx.save_for_backward(*output, q, k, v, *lengths[:8], slopes, sinks, bias, *tensors)
         ctx.max_seqlens, ctx.numbers, ctx.backend = lengths[8:], numbers[:-1], numbers[-1]
         ctx.set_materialize_grads(False)
 
@@ -374,7 +374,11 @@ def attention(
             *(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k),
             *(block_table, k_scale, v_scale, max_seqlen_q, max_seqlen_k, alibi_slopes),
         )
-        numbers = (dropout_seed, softmax_scale, softcap, left, right, dropout_p, backend)
+        block_mask: tuple[Tensor | None, Tensor | None] = (None, None)
+        numbers = (
+            *(dropout_seed, *block_mask),
+            *(softmax_scale, softcap, left, right, dropout_p, backend),
+        )
         if needs_grad:
             others = (*lengths, *numbers)
             transformed = torch._C._functorch.maybe_current_level() is not None

@@ -140,7 +140,7 @@ def test_export_with_a_dynamic_batch_and_length(strict: bool) -> None:
 def operator_arguments(case: Case) -> tuple[Any, ...]:
     inputs = make_inputs(case)
     o = inputs.options
-    names = _ops.FORWARD_ARGUMENTS[3:17]
+    names = _ops.FORWARD_ARGUMENTS[3:19]
     scale = o["softmax_scale"] or case.head_dim**-0.5
     left, right = (-1 if side is None else side for side in case.window)
     longest = inputs.q.shape[1], inputs.k.shape[1]

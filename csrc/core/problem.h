@@ -3,7 +3,7 @@
 // to kernels by value.
 #pragma once
 
-#include "band.h"
+#include "block_mask.h"
 
 namespace fal {
 
@@ -160,6 +160,7 @@ struct ForwardProblem {
   Shape shape;
   Lengths lengths;
   Window window;
+  BlockMask block_mask;  // what it hides is hidden beside the window; not given() when absent
   ScoreOptions score;
   AnyView q;
   KeyValue kv;

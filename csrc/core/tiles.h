@@ -10,7 +10,9 @@ namespace fal {
 struct Tile {
   Range range;  // keys (row-wise cursors) or rows (column-wise cursors), clipped to what is visible
                 // at all
-  TileKind kind;  // kFull or kPartial; cursors never hand out kSkip
+  TileKind kind;                    // kFull or kPartial; cursors never hand out kSkip
+  int32_t rule = BlockRule::kFull;  // block-sparse cursors: the rule of the one block that the tile
+                                    // lies in, else kMixed
 };
 
 // Every tile that the band touches, first to last, at multiples of tile_keys. What a tile of rows
@@ -65,57 +67,94 @@ struct DenseTilesOfKeys {
   }
 };
 
-// Compressed sparse rows over blocks of block_rows x block_keys elements: entries [row_start[r],
-// row_start[r + 1]) of `column` are the blocks that block row r visits, ascending. The column-wise
-// cursor takes the transpose.
-struct BlockCsr {
-  const int32_t* row_start;
-  const int32_t* column;
-  int32_t block_rows, block_keys;
-};
-
-// Walks one block row of a BlockCsr in tiles of at most tile_keys keys. `rows` lies within one
-// block row.
+// The tiles of keys that a block mask and the band show to a tile of rows, first to last. A tile is
+// part of one block (at a multiple of tile_keys within it) where blocks are larger than tile_keys,
+// else as many neighbouring listed blocks as fit. A partial tile may hide every element: its rules
+// are asked element by element, HeadMask::visible_word().
 struct BlockSparseTilesOfRows {
+  HeadMask mask;
   Band band;
   Range rows;
   int32_t tile_keys;
-  const int32_t* column;
-  int32_t block_keys;
-  int32_t entry, entry_end;
-  int32_t within;  // keys of the current block already handed out
+  int32_t from;        // keys before this have been handed out
+  bool one_line;       // the rows within the mask lie in one block row, as small tiles do:
+  int32_t entry, end;  // its entries not yet passed
+  Range seen;          // and the keys that the band shows to some of the rows
+  bool inside;         // no row lies outside the mask
 
   FAL_HOST_DEVICE static BlockSparseTilesOfRows make(const Band& band, Range rows,
-                                                     int32_t tile_keys, const BlockCsr& csr) {
-    const int32_t row = rows.begin / csr.block_rows;
-    return {band,
-            rows,
-            tile_keys,
-            csr.column,
-            csr.block_keys,
-            rows.empty() ? 0 : csr.row_start[row],
-            rows.empty() ? 0 : csr.row_start[row + 1],
-            0};
-  }
-  FAL_HOST_DEVICE bool next(Tile* tile) {
-    while (entry < entry_end) {
-      const int32_t block_begin = column[entry] * block_keys;
-      const int32_t begin = block_begin + within;
-      const int32_t block_end = min_int(block_begin + block_keys, band.seqlen_k);
-      const Range keys{begin, min_int(begin + tile_keys, block_end)};
-      within += tile_keys;
-      if (within >= block_keys) {
-        within = 0;
-        ++entry;
-      }
-      if (keys.empty()) continue;
-      const TileKind kind = band.classify(rows, keys);
-      if (kind != TileKind::kSkip) {
-        *tile = {keys, kind};
-        return true;
-      }
+                                                     int32_t tile_keys, const HeadMask& mask) {
+    BlockSparseTilesOfRows c{mask, band, rows, tile_keys, 0, false, 0, 0, {0, 0}, false};
+    const Range lines = mask.block_rows(rows);
+    c.one_line = lines.size() == 1;
+    if (c.one_line) {
+      const Range within = intersect(rows, mask.rows_of_block(lines.begin));
+      c.inside = within.size() == rows.size();
+      c.seen = intersect(band.keys_of_any(within), {0, mask.seqlen_k});
+      c.entry = mask.rows.start[lines.begin];
+      c.end = mask.rows.start[lines.begin + 1];
     }
-    return false;
+    return c;
+  }
+
+  // As HeadMask::next_key(), without a search where one block row is walked.
+  FAL_HOST_DEVICE int32_t next_key(int32_t key) {
+    if (!one_line) return rows.empty() ? HeadMask::kNone : mask.next_key(band, rows, key);
+    key = max_int(key, seen.begin);
+    while (entry < end && (mask.rows.index[entry] + 1) * mask.block_k <= key) ++entry;
+    if (entry == end) return HeadMask::kNone;
+    key = max_int(key, mask.rows.index[entry] * mask.block_k);
+    return key < seen.end ? key : HeadMask::kNone;
+  }
+
+  FAL_HOST_DEVICE bool next(Tile* tile) {
+    const int32_t key = next_key(from);
+    if (key == HeadMask::kNone) return false;
+    const int32_t block = key / mask.block_k * mask.block_k;
+    const int32_t rule = inside ? mask.rows.rule[entry] : BlockRule::kMixed;
+    const int32_t begin = block + (key - block) / tile_keys * tile_keys;
+    int32_t last = min_int(begin + tile_keys, block + mask.block_k);
+    bool one_block = true;
+    while (last - begin + mask.block_k <= tile_keys && next_key(last) == last) {
+      last += mask.block_k;
+      one_block = false;
+    }
+    from = last;
+    const Range keys{begin, min_int(last, min_int(band.seqlen_k, mask.seqlen_k))};
+    const bool full = band.classify(rows, keys) == TileKind::kFull && mask.all_full(rows, keys);
+    *tile = {keys, full ? TileKind::kFull : TileKind::kPartial,
+             one_block ? rule : BlockRule::kMixed};
+    return true;
+  }
+};
+
+// The tiles of rows, at multiples of tile_rows, that see some of a tile of keys, first to last; by
+// the transpose.
+struct BlockSparseTilesOfKeys {
+  HeadMask mask;
+  Band band;
+  Range keys;
+  int32_t tile_rows;
+  int32_t from;  // rows before this have been handed out
+
+  FAL_HOST_DEVICE static BlockSparseTilesOfKeys make(const Band& band, Range keys,
+                                                     int32_t tile_rows, const HeadMask& mask) {
+    return {mask, band, keys, tile_rows, 0};
+  }
+
+  FAL_HOST_DEVICE bool next(Tile* tile) {
+    const int32_t row = keys.empty() ? HeadMask::kNone : mask.next_row(band, keys, from);
+    if (row == HeadMask::kNone) return false;
+    const int32_t begin = row / tile_rows * tile_rows;
+    from = begin + tile_rows;
+    const Range rows{begin, min_int(from, band.seqlen_q)};
+    const bool full = band.classify(rows, keys) == TileKind::kFull && mask.all_full(rows, keys);
+    const Range lines = mask.block_rows(rows), blocks = mask.block_columns(keys);
+    const bool one_block =
+        lines.size() == 1 && blocks.size() == 1 && mask.contains(rows) && keys.end <= mask.seqlen_k;
+    const int32_t rule = one_block ? mask.rule_of(lines.begin, blocks.begin) : BlockRule::kMixed;
+    *tile = {rows, full ? TileKind::kFull : TileKind::kPartial, rule};
+    return true;
   }
 };
 

@@ -3,13 +3,15 @@
 #include <math.h>
 
 #include "../core/philox.h"
+#include "block_mask.h"
 
 namespace fal::torch_binding {
 
 void Options::read(StackReader& stack) {
   stack >> cu_seqlens_q >> cu_seqlens_k >> seqused_q >> seqused_k >> leftpad_k >> block_table >>
       k_scale >> v_scale >> max_seqlen_q >> max_seqlen_k >> alibi_slopes >> sinks >> bias >>
-      dropout_seed >> softmax_scale >> softcap >> window_left >> window_right >> dropout_p;
+      dropout_seed >> block_mask >> block_mask_layout >> softmax_scale >> softcap >> window_left >>
+      window_right >> dropout_p;
 }
 
 Arguments::Arguments(const char* op, Tensor q, Tensor k, Tensor v, Options options)
@@ -22,6 +24,7 @@ Arguments::Arguments(const char* op, Tensor q, Tensor k, Tensor v, Options optio
   check_shapes();
   set_lengths();
   set_score();
+  set_block_mask();
   problem_.q = view(q_, &keep_);
   problem_.kv.k = view(k_, &keep_);
   problem_.kv.v = view(v_, &keep_);
@@ -218,6 +221,30 @@ void Arguments::set_score() {
   problem_.kv.v_scale = kv_scale("v_scale", o.v_scale);
 }
 
+void Arguments::set_block_mask() {
+  const Options& o = options_;
+  if (o.block_mask.has_value() != o.block_mask_layout.has_value()) {
+    checker_.bad("block_mask and block_mask_layout go together");
+  }
+  if (!o.block_mask) return;
+  const Lengths& l = problem_.lengths;
+  BlockMask& mask = problem_.block_mask;
+  mask = block_mask_of(checker_, *o.block_mask, *o.block_mask_layout, problem_.shape);
+  const bool dense_k = !l.cu_seqlens_k && !l.seqused_k && !l.leftpad_k;
+  const bool dense_q = !l.cu_seqlens_q && !l.seqused_q;
+  if (dense_k && l.seqlen_k > mask.seqlen_k) {
+    checker_.bad("block_mask has seqlen_k ", mask.seqlen_k, " but k has seqlen ", l.seqlen_k,
+                 "; a mask must cover every key");
+  }
+  const int64_t first_row = static_cast<int64_t>(l.seqlen_k) - l.seqlen_q -
+                            (static_cast<int64_t>(mask.seqlen_k) - mask.seqlen_q);
+  if (dense_k && dense_q && first_row < 0 && l.seqlen_q > 0) {
+    checker_.bad("block_mask covers ", mask.seqlen_q, " x ", mask.seqlen_k,
+                 " but q and k have seqlens ", l.seqlen_q, " and ", l.seqlen_k,
+                 ": the first query row lies ", -first_row, " rows before the mask's first");
+  }
+}
+
 std::vector<int64_t> Arguments::out_sizes() const {
   std::vector<int64_t> sizes = sizes_of(q_);
   sizes.back() = problem_.shape.head_dim_v;
@@ -263,6 +290,18 @@ void Arguments::check_contents() {
   if (used_q) c.within_lengths("seqused_q", used_q, cu_q, batch, l.seqlen_q);
   if (used_k && !o.block_table) c.within_lengths("seqused_k", used_k, cu_k, batch, l.seqlen_k);
   if (leftpad) c.within_lengths("leftpad_k", leftpad, cu_k, batch, l.seqlen_k);
+  if (o.block_mask) {
+    const BlockMask& mask = problem_.block_mask;
+    check_block_mask(c, host.read(o.block_mask), *o.block_mask_layout);
+    for (int64_t b = 0; b < batch; ++b) {
+      int64_t seqlen_k = used_k ? used_k[b] : cu_k ? cu_k[b + 1] - cu_k[b] : l.seqlen_k;
+      if (leftpad) seqlen_k -= leftpad[b];
+      if (seqlen_k > mask.seqlen_k) {
+        c.bad("block_mask has seqlen_k ", mask.seqlen_k, " but sequence ", b, " has ", seqlen_k,
+              " keys; a mask must cover every key");
+      }
+    }
+  }
   if (o.block_table) {
     const Tensor& table = *o.block_table;
     c.table_entries("seqused_k", used_k, host.read(o.block_table), HostReader::row_stride(table),

@@ -15,6 +15,7 @@ struct Options {
   std::optional<Tensor> block_table, k_scale, v_scale;
   int64_t max_seqlen_q = 0, max_seqlen_k = 0;
   std::optional<Tensor> alibi_slopes, sinks, bias, dropout_seed;
+  std::optional<Tensor> block_mask, block_mask_layout;
   double softmax_scale = 0, softcap = 0;
   int64_t window_left = -1, window_right = -1;
   double dropout_p = 0;
@@ -24,6 +25,7 @@ struct Options {
       "Tensor? leftpad_k, Tensor? block_table, Tensor? k_scale, Tensor? v_scale, "
       "SymInt max_seqlen_q, SymInt max_seqlen_k, "
       "Tensor? alibi_slopes, Tensor? sinks, Tensor? bias, Tensor? dropout_seed, "
+      "Tensor? block_mask, Tensor? block_mask_layout, "
       "float softmax_scale, float softcap, int window_left, int window_right, float dropout_p";
 
   void read(StackReader& stack);
@@ -65,6 +67,7 @@ class Arguments {
   void check_shapes();
   void set_lengths();
   void set_score();
+  void set_block_mask();
   void check_contents();
 
   Tensor q_, k_, v_;

@@ -123,12 +123,6 @@ void define_tiles(py::module_& m) {
     const auto cursor = fal::DenseTilesOfKeys::make(band, {begin, end}, tile_rows);
     return py::make_tuple(walk(cursor), cursor.count());
   });
-  m.def("block_sparse_tiles_of_rows",
-        [](const Band& band, int32_t begin, int32_t end, int32_t tile_keys, const Ints& row_start,
-           const Ints& column, int32_t block_rows, int32_t block_keys) {
-          const fal::BlockCsr csr{row_start.data(), column.data(), block_rows, block_keys};
-          return walk(fal::BlockSparseTilesOfRows::make(band, {begin, end}, tile_keys, csr));
-        });
 }
 
 void define_lengths(py::module_& m) {

@@ -117,6 +117,27 @@ void test_band_of_long_sequences() {
   }
 }
 
+// Of a checkerboard of blocks, in exactly sized arrays.
+struct Lines {
+  std::unique_ptr<int32_t[]> start, index, rule;
+
+  BlockCsr csr() const { return {start.get(), index.get(), rule.get()}; }
+};
+
+Lines every_second_block(int32_t lines, int32_t blocks) {
+  std::vector<int32_t> listed;
+  Lines out{std::unique_ptr<int32_t[]>(new int32_t[lines + 1]), nullptr, nullptr};
+  for (int32_t line = 0; line < lines; ++line) {
+    out.start[line] = static_cast<int32_t>(listed.size());
+    for (int32_t n = line % 2; n < blocks; n += 2) listed.push_back(n);
+  }
+  out.start[lines] = static_cast<int32_t>(listed.size());
+  out.index.reset(new int32_t[listed.size()]);
+  out.rule.reset(new int32_t[listed.size()]());
+  for (size_t n = 0; n < listed.size(); ++n) out.index[n] = listed[n];
+  return out;
+}
+
 void test_cursors() {
   for_each_small_band([](const Band& band, Window) {
     for (const int32_t outer : {1, 3, 4}) {
@@ -151,30 +172,38 @@ void test_cursors() {
 
         // Every second block, in exactly sized heap arrays: a read past either end is caught.
         const int32_t block_rows = outer, block_keys = 2;
-        const int32_t grid_rows = ceil_div(band.seqlen_q, block_rows);
-        const int32_t grid_keys = ceil_div(band.seqlen_k, block_keys);
-        std::unique_ptr<int32_t[]> row_start(new int32_t[grid_rows + 1]);
-        std::vector<int32_t> blocks;
-        for (int32_t r = 0; r < grid_rows; ++r) {
-          row_start[r] = static_cast<int32_t>(blocks.size());
-          for (int32_t c = r % 2; c < grid_keys; c += 2) blocks.push_back(c);
-        }
-        row_start[grid_rows] = static_cast<int32_t>(blocks.size());
-        std::unique_ptr<int32_t[]> column(new int32_t[blocks.size()]);
-        for (size_t n = 0; n < blocks.size(); ++n) column[n] = blocks[n];
-        const BlockCsr csr{row_start.get(), column.get(), block_rows, block_keys};
+        const Lines by_row = every_second_block(ceil_div(band.seqlen_q, block_rows),
+                                                ceil_div(band.seqlen_k, block_keys));
+        const Lines by_key = every_second_block(ceil_div(band.seqlen_k, block_keys),
+                                                ceil_div(band.seqlen_q, block_rows));
+        const std::unique_ptr<int32_t[]> bands(new int32_t[2]{-1, -1});
+        const BlockMask mask{
+            band.seqlen_q, band.seqlen_k, block_rows,  block_keys, 1,       1,
+            by_row.csr(),  by_key.csr(),  bands.get(), nullptr,    nullptr, nullptr};
+        const HeadMask head = HeadMask::make(mask, 3, 4, band);
         for (int32_t begin = 0; begin < band.seqlen_q; begin += outer) {
           const Range rows{begin, min_int(begin + outer, band.seqlen_q)};
-          auto cursor = BlockSparseTilesOfRows::make(band, rows, inner, csr);
+          auto cursor = BlockSparseTilesOfRows::make(band, rows, inner, head);
           while (cursor.next(&tile)) visit(rows, tile.range);
         }
-        for (int32_t i = 0; i < band.seqlen_q; ++i) {
-          for (int32_t j = 0; j < band.seqlen_k; ++j) {
-            const bool listed = (i / block_rows + j / block_keys) % 2 == 0;
-            const int n = visits.at(i * band.seqlen_k + j);
-            REQUIRE(n <= 1 && (listed || n == 0) && (n == 1 || !listed || !band.visible(i, j)));
+        const auto require_listed_once = [&] {
+          for (int32_t i = 0; i < band.seqlen_q; ++i) {
+            for (int32_t j = 0; j < band.seqlen_k; ++j) {
+              const bool listed = (i / block_rows + j / block_keys) % 2 == 0;
+              int& n = visits.at(i * band.seqlen_k + j);
+              REQUIRE(head.visible(i, j) == listed && n <= 1);
+              REQUIRE(n == 1 || !listed || !band.visible(i, j));
+              n = 0;
+            }
           }
+        };
+        require_listed_once();
+        for (int32_t begin = 0; begin < band.seqlen_k; begin += inner) {
+          const Range keys{begin, min_int(begin + inner, band.seqlen_k)};
+          auto cursor = BlockSparseTilesOfKeys::make(band, keys, outer, head);
+          while (cursor.next(&tile)) visit(tile.range, keys);
         }
+        require_listed_once();
       }
     }
   });
