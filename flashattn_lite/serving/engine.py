@@ -216,6 +216,8 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether ``step`` has something to do or to report."""
+        if self.transfer is not None and self.config.role == "decode" and self.transfer.arrived():
+            return True
         return bool(self._streams) or bool(self._inbox) or self._lent > 0
 
     def stats(self) -> dict[str, int | float]:
@@ -443,6 +445,12 @@ class Engine:
         )
         self._streams[request.request_id] = _Stream(request, self.tokenizer)
         self.scheduler.add(request)
+        total = request.prompt_tokens + request.params.max_tokens
+        if total > self.max_tokens:
+            words = (
+                f"the request needs {total} tokens; at most {self.max_tokens} fit the decode engine"
+            )
+            return self._finish(request, "error", error=words)
         return self._token(request, handover.token, handover.logprob)
 
     def _start_transfers(self, step: Step) -> None:

@@ -78,6 +78,10 @@ class KVTransfer(ABC):
         """Sender: what was saved of a request is void; it was preempted, or has ended."""
 
     @abstractmethod
+    def arrived(self) -> bool:
+        """Receiver: whether ``receive`` has something."""
+
+    @abstractmethod
     def receive(self) -> list[Handover]:
         """Receiver: requests that have arrived since the last call."""
 
@@ -154,6 +158,9 @@ class InProcessTransfer(KVTransfer):
     def discard(self, request_id: str) -> None:
         self._parcels.pop(request_id, None)
 
+    def arrived(self) -> bool:
+        return bool(self._arrivals)
+
     def receive(self) -> list[Handover]:
         arrived = []
         while self._arrivals:
@@ -176,6 +183,7 @@ class InProcessTransfer(KVTransfer):
         self._receiver.shutdown()
 
 
+@torch.inference_mode()
 def _copy_out(
     pool: PagePool, layer: int, slots: Tensor, parcel: _Parcel, begin: int, end: int
 ) -> None:
@@ -183,6 +191,7 @@ def _copy_out(
     parcel.v[layer, begin:end] = pool.v[layer].flatten(0, 1)[slots]
 
 
+@torch.inference_mode()
 def _copy_in(pool: PagePool, layer: int, slots: Tensor, parcel: _Parcel) -> None:
     pool.k[layer].flatten(0, 1)[slots] = parcel.k[layer].to(pool.k.device)
     pool.v[layer].flatten(0, 1)[slots] = parcel.v[layer].to(pool.v.device)

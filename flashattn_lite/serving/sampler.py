@@ -66,15 +66,15 @@ class Sampler:
         raw = torch.log_softmax(logits[wanted], -1) if wanted else None
         self._penalise(logits, requests)
         peaks, best = logits.max(-1)
-        tokens: list[int | None] = best.tolist()
-        drawn = [i for i, r in enumerate(requests) if not r.params.greedy]
+        numbers = torch.isfinite(peaks).tolist()
+        tokens: list[int | None] = [
+            token if number else None for token, number in zip(best.tolist(), numbers, strict=True)
+        ]
+        drawn = [i for i, r in enumerate(requests) if numbers[i] and not r.params.greedy]
         if drawn:
             rows = logits if len(drawn) == len(requests) else logits[drawn]
             for i, token in zip(drawn, self._draw(rows, [requests[i] for i in drawn]), strict=True):
                 tokens[i] = token
-        if not torch.isfinite(peaks).all():
-            for i in (~torch.isfinite(peaks)).nonzero().flatten().tolist():
-                tokens[i] = None
         logprobs: list[TokenLogprob | None] = [None] * len(requests)
         if raw is not None:
             for row, i in enumerate(wanted):
