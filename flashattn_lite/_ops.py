@@ -30,7 +30,7 @@ FORWARD_ARGUMENTS = (
 )
 
 OPERATORS = (
-    *("forward", "forward_plain", "backward", "rotate", "append_kv"),
+    *("forward", "forward_plain", "backward", "backward_plain", "rotate", "append_kv"),
     *("build_info", "cpu_isa", "set_cpu_isa", "fma_peak"),
     *("ptx_conformance", "ptx_conformance_sections"),
 )
@@ -89,6 +89,8 @@ forward_plain = torch.ops.flashattn_lite.forward_plain.default  # dense, no opti
 # Without the Python frame of OpOverload.__call__, 0.2 us; not for tracing.
 forward_plain_untraced = getattr(forward_plain, "_op", forward_plain)
 backward = torch.ops.flashattn_lite.backward.default
+backward_plain = torch.ops.flashattn_lite.backward_plain.default
+backward_plain_untraced = getattr(backward_plain, "_op", backward_plain)
 rotate = torch.ops.flashattn_lite.rotate.default
 append_kv = torch.ops.flashattn_lite.append_kv.default
 build_info = torch.ops.flashattn_lite.build_info.default
@@ -145,8 +147,15 @@ def _fake_backward(
     return dq, dk, dv, dsinks, dbias
 
 
+def _fake_backward_plain(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 torch.library.register_fake("flashattn_lite::forward", _fake_forward)
 torch.library.register_fake("flashattn_lite::forward_plain", _fake_forward_plain)
 torch.library.register_fake("flashattn_lite::backward", _fake_backward)
+torch.library.register_fake("flashattn_lite::backward_plain", _fake_backward_plain)
 torch.library.register_fake("flashattn_lite::rotate", lambda x, *_: x.new_empty(x.shape))
 torch.library.register_fake("flashattn_lite::append_kv", lambda *_: None)

@@ -4,6 +4,7 @@ when a gradient is needed. What the options mean, exactly: docs/semantics.md and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,16 +59,61 @@ class _Attention(torch.autograd.Function):
         )
         try:
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-                gradients = _Backward.apply(ctx.name, *arguments)  # type: ignore[no-untyped-call]
+                gradients = _Backward.apply(ctx.caller, *arguments)  # type: ignore[no-untyped-call]
             else:
                 gradients = _ops.backward(*arguments)
         except RuntimeError as error:
-            raise _ops.argument_error(error, f"{ctx.name} (backward)") from None
+            raise _ops.argument_error(error, f"{ctx.caller} (backward)") from None
         dq, dk, dv, dsinks, dbias = gradients
         return (
             *(dq, dk, dv, dsinks if need_dsinks else None, dbias if need_dbias else None),
             *(None, None, None),
         )
+
+
+class _PlainAttention(torch.autograd.Function):
+    """``_Attention`` without options and without an LSE: half its cost on tiny tensors. Not for
+    tracing, nor for torch.func."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        options: tuple[float, int, int],  # softmax_scale, left, right
+        rest: tuple[bool, str],  # deterministic, name
+    ) -> Tensor:
+        out, lse = _ops.forward_plain_untraced(q, k, v, *options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options, ctx.rest = options, rest
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+        deterministic, name = ctx.rest
+        saved = ctx.saved_tensors
+        try:
+            if torch.is_grad_enabled():  # create_graph=True
+                q, k, v, out, lse = saved
+                numbers = ("softmax_scale", "window_left", "window_right")
+                given = dict(zip(numbers, ctx.options, strict=True), softcap=0.0, dropout_p=0.0)
+                given |= {"max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1]}
+                arguments = (
+                    *(dout, None, q, k, v, out, lse),
+                    *map(given.get, _ops.FORWARD_ARGUMENTS[3:-1]),
+                    *(deterministic, False, False, "auto"),
+                )
+                dq, dk, dv, *_ = _Backward.apply(name, *arguments)  # type: ignore[no-untyped-call]
+            else:
+                dq, dk, dv = _ops.backward_plain_untraced(dout, *saved, *ctx.options, deterministic)
+        except RuntimeError as error:
+            raise _ops.argument_error(error, f"{name} (backward)") from None
+        return dq, dk, dv, None, None
+
+
+# Without what Function.apply does for torch.func and default arguments: 4 us.
+_apply_plain: Callable[..., Tensor] = super(torch.autograd.Function, _PlainAttention).apply
 
 
 class _TransformableAttention(torch.autograd.Function):
@@ -92,7 +138,7 @@ class _TransformableAttention(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, sinks, bias, others, ctx.name, ctx.deterministic = inputs
+        q, k, v, sinks, bias, others, ctx.caller, ctx.deterministic = inputs
         lengths, slopes, tensors, numbers = others[:10], others[10], others[11:14], others[14:]
         ctx.save_for_backward(*output, q, k, v, *lengths[:8], slopes, sinks, bias, *tensors)
         ctx.max_seqlens, ctx.numbers, ctx.backend = lengths[8:], numbers[:-1], numbers[-1]
@@ -112,12 +158,12 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.name = inputs[0]
+        ctx.caller = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *_gradients: Tensor) -> None:
         raise RuntimeError(
-            f"{ctx.name}: second derivatives are not implemented by the kernels; {_REMEDY}"
+            f"{ctx.caller}: second derivatives are not implemented by the kernels; {_REMEDY}"
         )
 
 
@@ -344,8 +390,9 @@ def attention(
         or (sinks is not None and sinks.requires_grad)
         or (bias is not None and bias.requires_grad)
     )
+    transformed = needs_grad and torch._C._functorch.maybe_current_level() is not None
     try:
-        if not needs_grad and (
+        if (
             cu_seqlens_q is None
             and cu_seqlens_k is None
             and seqused_q is None
@@ -362,8 +409,12 @@ def attention(
             and softcap == 0
             and backend == "auto"
         ):
-            out, lse = _ops.forward_plain(q, k, v, softmax_scale, left, right)
-            return (out, lse) if return_lse else out
+            if not needs_grad:
+                out, lse = _ops.forward_plain(q, k, v, softmax_scale, left, right)
+                return (out, lse) if return_lse else out
+            if not (return_lse or transformed or torch.compiler.is_compiling()):
+                options, rest = (softmax_scale, left, right), (deterministic, name)
+                return _apply_plain(q, k, v, options, rest)
         max_seqlen_q = _max_seqlen(max_seqlen_q, cu_seqlens_q, q, name, "max_seqlen_q")
         max_seqlen_k = _max_seqlen(max_seqlen_k, cu_seqlens_k, k, name, "max_seqlen_k")
         if needs_grad and bias is not None and bias.requires_grad:
@@ -381,7 +432,6 @@ def attention(
         )
         if needs_grad:
             others = (*lengths, *numbers)
-            transformed = torch._C._functorch.maybe_current_level() is not None
             function: Any = _TransformableAttention if transformed else _Attention
             out, lse = function.apply(q, k, v, sinks, bias, others, name, deterministic)
         else:
@@ -409,20 +459,22 @@ def plain_attention(
         and q.is_cpu
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and not (
-            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        )
         and q.dtype is not torch.float64
         and forward_ad._current_level < 0
     ):
         if softmax_scale is None:
             softmax_scale = (q.shape[-1] or 1) ** -0.5
+        right = 0 if causal else -1
         try:
-            right = 0 if causal else -1
-            out: Tensor = _ops.forward_plain_untraced(q, k, v, softmax_scale, -1, right)[0]
+            if not (
+                torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+            ):
+                return _ops.forward_plain_untraced(q, k, v, softmax_scale, -1, right)[0]  # type: ignore[no-any-return]
+            if torch._C._functorch.maybe_current_level() is None:
+                options, rest = (softmax_scale, -1, right), (deterministic, name)
+                return _apply_plain(q, k, v, options, rest)
         except RuntimeError as error:
             raise _ops.argument_error(error, name) from None
-        return out
     return attention(  # type: ignore[return-value]
         q,
         k,

@@ -198,3 +198,21 @@ def test_forward_mode_is_refused_with_the_remedy() -> None:
     step = 1e-6 * q.double()
     shifted = attention(*[q.double() + step] * 3)
     torch.testing.assert_close((shifted - exact) / 1e-6, tangent, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [(None, None), (None, 0), (3, 1)])
+def test_the_plain_operators_give_the_same_bits(window: tuple[int | None, int | None]) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, h, 24, requires_grad=True) for n, h in ((9, 4), (13, 2), (13, 2)))
+    dout = torch.randn(2, 9, 4, 24)
+    plain = attention(q, k, v, window=window, softmax_scale=0.3)
+    general, _ = attention(q, k, v, window=window, softmax_scale=0.3, return_lse=True)
+    assert plain.grad_fn.name() == "_PlainAttentionBackward"  # type: ignore[union-attr]
+    assert general.grad_fn.name() == "_AttentionBackward"  # type: ignore[union-attr]
+    assert torch.equal(plain, general)
+    for ours, theirs in zip(
+        torch.autograd.grad(plain, (q, k, v), dout),
+        torch.autograd.grad(general, (q, k, v), dout),
+        strict=True,
+    ):
+        assert torch.equal(ours, theirs)

@@ -173,9 +173,12 @@ def test_opcheck(case: Case) -> None:
         )
 
 
-def test_opcheck_of_the_plain_operator() -> None:
+def test_opcheck_of_the_plain_operators() -> None:
     q, k, v = (torch.randn(2, n, 2, 8) for n in (5, 7, 7))
     torch.library.opcheck(_ops.forward_plain, (q, k, v, 0.3, -1, 0), test_utils=OPCHECKS)
+    out, lse = _ops.forward_plain(q, k, v, 0.3, -1, 0)
+    arguments = (torch.randn_like(out), q, k, v, out, lse, 0.3, -1, 0, False)
+    torch.library.opcheck(_ops.backward_plain, arguments, test_utils=OPCHECKS)
 
 
 def test_fakes_have_the_shapes_of_the_real_ones() -> None:

@@ -40,68 +40,96 @@ void forward_plain(uint64_t* stack, uint64_t inputs, uint64_t) {
   forward_with(stack, std::move(q), std::move(k), std::move(v), std::move(options), "auto");
 }
 
-void backward(uint64_t* stack, uint64_t inputs, uint64_t) {
-  constexpr const char* kName = "flashattn_lite::backward";
+// What backward differentiates, and with respect to which options.
+struct BackwardInputs {
   Tensor dout, q, k, v, out, lse;
   std::optional<Tensor> dlse;
-  Options options;
-  bool deterministic, need_dsinks, need_dbias;
-  std::string backend;
-  StackReader reader(stack, inputs);
-  reader >> dout >> dlse >> q >> k >> v >> out >> lse;
-  options.read(reader);
-  reader >> deterministic >> need_dsinks >> need_dbias >> backend;
+  bool deterministic = false, need_dsinks = false, need_dbias = false;
+};
 
-  Arguments arguments(kName, std::move(q), std::move(k), std::move(v), std::move(options));
+struct Gradients {
+  Tensor dq, dk, dv, dsinks, dbias;  // the last two are not made unless needed
+};
+
+Gradients backward_with(BackwardInputs in, Options options, const std::string& backend) {
+  constexpr const char* kName = "flashattn_lite::backward";
+  Arguments arguments(kName, std::move(in.q), std::move(in.k), std::move(in.v), std::move(options));
   const Options& o = arguments.options();
   const Shape& shape = arguments.problem().shape;
-  for (const auto& [name, t] : {std::pair{"dout", &dout}, std::pair{"out", &out}}) {
+  for (const auto& [name, t] : {std::pair{"dout", &in.dout}, std::pair{"out", &in.out}}) {
     arguments.checker().has_shape(name, *t, arguments.out_sizes());
     FAL_CHECK(t->dtype() == arguments.q().dtype(), kName, ": ", name, " is ",
               dtype_text(t->dtype()), " but q is ", dtype_text(arguments.q().dtype()));
   }
-  for (const auto& [name, t] : {std::pair{"lse", &lse}, std::pair{"dlse", dlse ? &*dlse : &lse}}) {
+  for (const auto& [name, t] :
+       {std::pair{"lse", &in.lse}, std::pair{"dlse", in.dlse ? &*in.dlse : &in.lse}}) {
     arguments.checker().has_shape(name, *t, arguments.lse_sizes());
     FAL_CHECK(t->dtype() == aoti_torch_dtype_float32(), kName, ": ", name, " is ",
               dtype_text(t->dtype()), "; it must be float32");
   }
   FAL_CHECK(!o.block_table && !o.k_scale, kName,
             ": there is no backward through paged or quantised k and v");
-  FAL_CHECK(!need_dsinks || o.sinks, kName, ": need_dsinks is true but sinks is not given");
-  FAL_CHECK(!need_dbias || o.bias, kName, ": need_dbias is true but bias is not given");
+  FAL_CHECK(!in.need_dsinks || o.sinks, kName, ": need_dsinks is true but sinks is not given");
+  FAL_CHECK(!in.need_dbias || o.bias, kName, ": need_dbias is true but bias is not given");
 
-  arguments.set_outputs(out, lse);
+  arguments.set_outputs(in.out, in.lse);
   std::vector<Tensor> keep;
   BackwardProblem problem{};
   problem.forward = arguments.problem();
-  problem.deterministic = deterministic;
-  problem.dout = Arguments::view(dout, &keep);
-  if (dlse) problem.dlse = Arguments::stats(*dlse);
+  problem.deterministic = in.deterministic;
+  problem.dout = Arguments::view(in.dout, &keep);
+  if (in.dlse) problem.dlse = Arguments::stats(*in.dlse);
 
   const auto gradient_of = [](const Tensor& t) { return empty_on(t, sizes_of(t), t.dtype()); };
-  Tensor dq = gradient_of(arguments.q()), dk = gradient_of(arguments.k()),
-         dv = gradient_of(arguments.v());
-  Tensor dsinks =
-      empty_on(arguments.q(), {need_dsinks ? shape.heads_q : 0}, aoti_torch_dtype_float32());
-  std::vector<int64_t> dbias_sizes{0};
-  if (need_dbias) {
-    dbias_sizes = {shape.batch, shape.heads_q, problem.forward.lengths.seqlen_q,
-                   problem.forward.lengths.seqlen_k};
+  Gradients g{
+      gradient_of(arguments.q()), gradient_of(arguments.k()), gradient_of(arguments.v()), {}, {}};
+  problem.dq = Arguments::view(g.dq, &keep);
+  problem.dk = Arguments::view(g.dk, &keep);
+  problem.dv = Arguments::view(g.dv, &keep);
+  if (in.need_dsinks) {
+    g.dsinks = empty_on(arguments.q(), {shape.heads_q}, aoti_torch_dtype_float32());
+    problem.dsinks = static_cast<float*>(g.dsinks.data());
   }
-  Tensor dbias = empty_on(arguments.q(), dbias_sizes,
-                          need_dbias ? o.bias->dtype() : aoti_torch_dtype_float32());
-  problem.dq = Arguments::view(dq, &keep);
-  problem.dk = Arguments::view(dk, &keep);
-  problem.dv = Arguments::view(dv, &keep);
-  if (need_dsinks) problem.dsinks = static_cast<float*>(dsinks.data());
-  if (need_dbias) {
-    problem.dbias = {dbias.data(),    dbias.stride(0), dbias.stride(1),
-                     dbias.stride(2), dbias.stride(3), problem.forward.score.bias.dtype};
+  if (in.need_dbias) {
+    const Lengths& lengths = problem.forward.lengths;
+    g.dbias =
+        empty_on(arguments.q(), {shape.batch, shape.heads_q, lengths.seqlen_q, lengths.seqlen_k},
+                 o.bias->dtype());
+    problem.dbias = {g.dbias.data(),    g.dbias.stride(0), g.dbias.stride(1),
+                     g.dbias.stride(2), g.dbias.stride(3), problem.forward.score.bias.dtype};
   }
   const Engine engine = choose_backward(kName, backend, arguments.q(), problem);
   run_backward(engine, arguments.q(), problem);
-  put_results(stack, std::move(dq), std::move(dk), std::move(dv), std::move(dsinks),
-              std::move(dbias));
+  return g;
+}
+
+void backward(uint64_t* stack, uint64_t inputs, uint64_t) {
+  BackwardInputs in;
+  Options options;
+  std::string backend;
+  StackReader reader(stack, inputs);
+  reader >> in.dout >> in.dlse >> in.q >> in.k >> in.v >> in.out >> in.lse;
+  options.read(reader);
+  reader >> in.deterministic >> in.need_dsinks >> in.need_dbias >> backend;
+  Gradients g = backward_with(std::move(in), std::move(options), backend);
+  // An operator returns tensors: an empty one stands for what was not asked for.
+  for (Tensor* t : {&g.dsinks, &g.dbias}) {
+    if (!t->handle()) *t = empty_on(g.dq, {0}, aoti_torch_dtype_float32());
+  }
+  put_results(stack, std::move(g.dq), std::move(g.dk), std::move(g.dv), std::move(g.dsinks),
+              std::move(g.dbias));
+}
+
+// Of forward_plain.
+void backward_plain(uint64_t* stack, uint64_t inputs, uint64_t) {
+  BackwardInputs in;
+  Options options;
+  StackReader reader(stack, inputs);
+  reader >> in.dout >> in.q >> in.k >> in.v >> in.out >> in.lse;
+  reader >> options.softmax_scale >> options.window_left >> options.window_right;
+  reader >> in.deterministic;
+  Gradients g = backward_with(std::move(in), std::move(options), "auto");
+  put_results(stack, std::move(g.dq), std::move(g.dk), std::move(g.dv));
 }
 
 // Static initialisers register the operators when the library is loaded; it exports nothing.
@@ -119,15 +147,21 @@ const bool registered = [] {
           "lse, " +
           options +
           ", bool deterministic, bool need_dsinks, bool need_dbias, str backend) -> "
-          "(Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor dbias)");
+          "(Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor dbias)")
+      .schema(
+          "backward_plain(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float "
+          "softmax_scale, int window_left, int window_right, bool deterministic) -> (Tensor dq, "
+          "Tensor dk, Tensor dv)");
   static Library on_cpu = Library::implement("flashattn_lite", "CPU");
   on_cpu.function("forward", forward)
       .function("forward_plain", forward_plain)
-      .function("backward", backward);
+      .function("backward", backward)
+      .function("backward_plain", backward_plain);
   static Library on_cuda = Library::implement("flashattn_lite", "CUDA");
   on_cuda.function("forward", forward)
       .function("forward_plain", forward_plain)
-      .function("backward", backward);
+      .function("backward", backward)
+      .function("backward_plain", backward_plain);
   return true;
 }();
 
