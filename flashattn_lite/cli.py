@@ -1,4 +1,4 @@
-"""The command line: ``flashattn-lite info | demo | bench``."""
+"""The command line: ``flashattn-lite info | demo | bench | generate | serve``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from flashattn_lite import __version__
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
     from flashattn_lite.bench import command as bench
+    from flashattn_lite.serving import command as serving
 
     top = argparse.ArgumentParser(
         prog="flashattn-lite", description="Exact attention for CPU and GPU."
@@ -31,15 +32,16 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     bench.add_parser(commands)
+    serving.add_parsers(commands)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    known = parser().parse_args(words)
-    known.arguments = words
     try:
+        known = parser().parse_args(words)
+        known.arguments = words
         return int(known.run(known))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
