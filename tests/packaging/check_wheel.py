@@ -34,7 +34,10 @@ SYSTEM_LIBRARIES = (
     r"(libstdc\+\+|libm|libgcc_s|libc|libpthread|libdl|librt|ld-linux-[\w-]+)\.so\.\d+"
 )
 TORCH_LIBRARIES = r"libtorch(_cpu)?\.so"
-PACKAGE_FILES = r"flashattn_lite/([a-z]\w*/)*(\w+\.py|_C\.so|py\.typed)"
+PACKAGE_FILES = (
+    r"flashattn_lite/([a-z]\w*/)*(\w+\.py|_C\.so|py\.typed)"
+    r"|flashattn_lite/serving/tiny/(\w+\.json|model\.safetensors|README\.md)"
+)
 MAX_BYTES = 50 * 1000 * 1000
 
 
@@ -151,6 +154,9 @@ def wheel_complaints(wheel: Path) -> list[str]:
             "flashattn_lite/_version.py",
             "flashattn_lite/py.typed",
             "flashattn_lite/_C.so",
+            "flashattn_lite/serving/tiny/config.json",
+            "flashattn_lite/serving/tiny/model.safetensors",
+            "flashattn_lite/serving/tiny/tokenizer.json",
             f"{info}/METADATA",
             f"{info}/WHEEL",
             f"{info}/licenses/LICENSE",
