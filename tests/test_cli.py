@@ -51,7 +51,7 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         ([], "the following arguments are required: command"),
-        (["bench", "serving"], "no suite serving; suites: forward, training"),
+        (["bench", "nothing"], "no suite nothing; suites: forward, training"),
         (["bench", "--threads", "0"], "'0' is not a list of numbers of threads like 1,2"),
         (["bench", "--threads", "1,x"], "'1,x' is not a list of numbers of threads"),
         (["bench", "--dtype", "fp8"], "'fp8': dtypes are fp32, bf16, fp16"),

@@ -27,6 +27,7 @@ to several), papers (the FlashAttention papers' figures, against standard attent
 also:
   flashattn-lite bench report [FILE ...]   tables and plots from results
   flashattn-lite bench compare A B         what became slower or faster
+  flashattn-lite bench serving             load on the serving loop; it has options of its own
 
 Exactness against float64 is checked before any time is taken; an inexact row is not timed and makes
 the exit status 1. Every contender runs once per round, in turn; ratios are medians over the rounds.
