@@ -25,7 +25,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 build: $(VENV)/.ready  ## compile what changed
 	@$(PY) setup.py -q build_ext --inplace
 
-demo: build  ## exactness and speed on this machine, in under three minutes after installation
+demo: build  ## exactness, speed and a served model on this machine, in under three minutes
 	$(PY) -m flashattn_lite demo
 
 test: build  ## the whole test suite; needs no GPU

@@ -2,8 +2,9 @@
 
 Exactness: every feature's output and gradients against float64, beside PyTorch's own error for the
 same computation in the same dtype (scaled_dot_product_attention where it has the feature, the same
-formula in plain PyTorch otherwise). Speed: a few rows of the benchmark. The exit status is 1 if
-anything is beyond its error budget.
+formula in plain PyTorch otherwise). Speed: a few rows of the benchmark. Text: the small model in
+the package, streamed out of the serving loop. The exit status is 1 if anything is beyond its error
+budget.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def main() -> int:
     print("\n".join(machine.headline(machine.describe())))
     inexact = _show_exactness()
     failures = _show_speed()
+    _show_text()
     if inexact or failures:
         print(f"\n{tables.paint(f'INEXACT: {len(inexact) + len(failures)} results', tables.RED)}")
         for text in inexact + failures:
@@ -258,3 +260,24 @@ def _work(case: SpeedCase) -> str:
         return f"window {case.window}, {heads}, against a mask"
     work = "training, " if case.backward else ""
     return f"{work}{case.mask_name()}, {heads}"
+
+
+# ---- text ----------------------------------------------------------------------------------------
+
+PROMPT = "class Reader:\n    def __init__(self, path):\n"
+
+
+def _show_text() -> None:
+    """Streams a continuation out of the serving loop, where its packages are installed."""
+    from flashattn_lite.serving import command
+
+    _title("Text: a model of 3.4 million parameters, trained and served on these kernels")
+    missing = command.missing_package(command.MODEL_PACKAGES)
+    if missing is not None:
+        print(f"  Left out: {missing}")
+        return
+    words = ["generate", PROMPT, "--max-tokens", "160", "--seed", "7", "--ignore-eos"]
+    from flashattn_lite.cli import main as run
+
+    run(words)
+    print("  More: flashattn-lite generate 'import os', flashattn-lite serve")
