@@ -22,6 +22,7 @@ constexpr Section kSections[] = {
     {"mma_m16n8k16_f16", 4, "exact"},
     {"pack_bf16x2", 4, "exact"},
     {"pack_f16x2", 4, "exact"},
+    {"fma_x2", 6, "exact"},
     {"ex2_edges", 4, "exact"},
     {"ex2", 2, "ulp 2"},
     {"tanh_approx", 2, "abs 0.001"},
@@ -106,6 +107,18 @@ __device__ void record_arithmetic(Recorder& record, const uint32_t* in, int lane
   record.put(ptx::pack_f16x2(1.00048828125f, CUDART_NAN_F));
   record.put(ptx::pack_f16x2(-0.0f, 70000.0f));
   record.put(ptx::pack_f16x2(6.0e-8f * lane, 65519.0f));  // denormals; the last below infinity
+
+  // Sums that float holds exactly, so that they are rounded once; infinity times 0; a denormal.
+  float x[6];
+  for (int i = 0; i < 6; i++) x[i] = float(int(in[lane * 6 + i] % 128) - 64) / 32;
+  record.put(ptx::fma_f16x2(ptx::pack_f16x2(x[0], x[1]), ptx::pack_f16x2(x[2], x[3]),
+                            ptx::pack_f16x2(x[4], x[5])));
+  record.put(ptx::fma_bf16x2(ptx::pack_bf16x2(x[0], x[1]), ptx::pack_bf16x2(x[2], x[3]),
+                             ptx::pack_bf16x2(x[4], x[5])));
+  record.put(ptx::fma_f16x2(0x7c003c00u, 0u, ptx::pack_f16x2(x[0], x[1])));
+  record.put(ptx::fma_bf16x2(0x7f803f80u, 0u, ptx::pack_bf16x2(x[0], x[1])));
+  record.put(ptx::fma_f16x2(0x00018001u + lane * 8, 0x5c005c00u, 0x80008000u));
+  record.put(ptx::fma_bf16x2(0x00018001u + lane * 8, 0x7b807b80u, 0x80008000u));
 
   record.put(ptx::ex2(-CUDART_INF_F));
   record.put(ptx::ex2(0.0f));

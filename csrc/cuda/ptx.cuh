@@ -69,6 +69,26 @@ FAL_PTX uint32_t pack_f16x2(float lo, float hi) {
 #endif
 }
 
+// a * b + c of two packed pairs, each rounded once.
+FAL_PTX uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef FAL_SIMT
+  return simt::fma_f16x2(a, b, c);
+#else
+  uint32_t d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#endif
+}
+FAL_PTX uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+#ifdef FAL_SIMT
+  return simt::fma_bf16x2(a, b, c);
+#else
+  uint32_t d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#endif
+}
+
 // ---- global memory: naturally aligned accesses of 4, 8 or 16 bytes
 // ------------------------------------
 

@@ -60,6 +60,9 @@ uint64_t atomic(void* p, AtomicType type, AtomicOp op, uint64_t value, uint64_t 
 void reduce_add_f32(float* p, const float* values, int count);  // red.global.add[.v2|.v4].f32
 float ex2(float x);
 float tanh_approx(float x);
+// Of packed pairs. Rounded by way of float: twice, where a result needs more than 24 bits.
+uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c);
+uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c);
 
 // ---- cp.async: the copy lands when it is waited for, as late as the hardware may do it
 // ------------ The first source_bytes of `bytes` are copied and the rest is zero-filled.

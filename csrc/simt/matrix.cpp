@@ -197,4 +197,27 @@ float ex2(float x) {
 
 float tanh_approx(float x) { return std::tanh(x); }
 
+namespace {
+
+template <class Widen, class Narrow>
+uint32_t fma_pairs(uint32_t a, uint32_t b, uint32_t c, Widen widen, Narrow narrow) {
+  uint32_t result = 0;
+  for (int shift = 0; shift < 32; shift += 16) {
+    const float d = std::fma(widen(a >> shift), widen(b >> shift), widen(c >> shift));
+    result |= static_cast<uint32_t>(narrow(d).bits) << shift;
+  }
+  return result;
+}
+
+}  // namespace
+
+uint32_t fma_f16x2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto widen = [](uint32_t bits) { return __half2float({static_cast<uint16_t>(bits)}); };
+  return fma_pairs(a, b, c, widen, __float2half_rn);
+}
+uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  const auto widen = [](uint32_t bits) { return __bfloat162float({static_cast<uint16_t>(bits)}); };
+  return fma_pairs(a, b, c, widen, __float2bfloat16_rn);
+}
+
 }  // namespace fal::simt
