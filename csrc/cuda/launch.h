@@ -50,6 +50,27 @@ template <class... Params, class... Args>
 #endif
 }
 
+// Multiprocessors of the current device. Asked of the driver once, never of the device: nothing
+// waits. At least 1.
+[[nodiscard]] inline int multiprocessors() {
+#ifdef FAL_SIMT
+  return simt::config().multiprocessors;
+#else
+  constexpr int kCached = 64;
+  static int cache[kCached];  // 0: not asked yet. Racing threads write the same value.
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) == cudaSuccess && device < kCached && cache[device] > 0) {
+    return cache[device];
+  }
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    cudaGetLastError();  // a question that failed must not fail the next launch
+    return 1;
+  }
+  if (device < kCached) cache[device] = count;
+  return count;
+#endif
+}
+
 // Sets `bytes` bytes of device memory to `value`, in stream order.
 [[nodiscard]] inline cudaError_t fill_bytes(void* data, int value, size_t bytes,
                                             cudaStream_t stream) {

@@ -20,6 +20,7 @@ struct Config {
   bool async_late = true;  // copies land when waited for; false: at random moments before that
   int max_reports = 32;
   size_t max_smem_bytes = 227 * 1024;  // static + dynamic, per block; 163 KB on sm_80
+  int multiprocessors = 108;           // that the device says it has: hosts size grids by it
 };
 void configure(const Config& config);
 const Config& config();

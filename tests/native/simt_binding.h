@@ -14,7 +14,7 @@ inline void bind(pybind11::module_& m) {
   m.def(
       "configure",
       [](uint64_t seed, int threads, bool check, bool account, bool async_late, int max_reports,
-         size_t max_smem_bytes) {
+         size_t max_smem_bytes, int multiprocessors) {
         Config c;
         c.seed = seed;
         c.threads = threads;
@@ -23,11 +23,13 @@ inline void bind(pybind11::module_& m) {
         c.async_late = async_late;
         c.max_reports = max_reports;
         c.max_smem_bytes = max_smem_bytes;
+        c.multiprocessors = multiprocessors;
         configure(c);
       },
       py::kw_only(), py::arg("seed") = 0, py::arg("threads") = 1, py::arg("check") = true,
       py::arg("account") = true, py::arg("async_late") = true, py::arg("max_reports") = 32,
       py::arg("max_smem_bytes") = Config().max_smem_bytes,
+      py::arg("multiprocessors") = Config().multiprocessors,
       "Sets how the following launches run; what is not named returns to its default.");
   m.def(
       "reports",
