@@ -7,6 +7,7 @@
 conformance  every PTX wrapper's result words against the emulator's recorded ones
 cases        the whole case table and what only a device shows (tests/test_gpu.py)
 sanitizer    compute-sanitizer's memcheck and racecheck over a part of the case table
+decode       bytes of K and V a second against the measured bandwidth (tests/gpu_decode.py)
 bench        against PyTorch's backends in the same process, exactness checked first
 
 It needs the built library and installs nothing. Each part has its own time limit and its own line
@@ -29,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # Seconds that each part may take.
-LIMITS = {"conformance": 60, "cases": 170, "sanitizer": 110, "bench": 130}
+LIMITS = {"conformance": 60, "cases": 170, "sanitizer": 110, "decode": 60, "bench": 130}
 SANITIZED_CASES = (
     "several_tiles-float16 or several_tiles-bfloat16 or varlen_with_empty-float16 or "
     "head_dim_255-float16 or seqused-float16 or leftpad-bfloat16"
@@ -101,10 +102,18 @@ def sanitizer(out: Path) -> tuple[bool, str]:
     for tool in ("memcheck", "racecheck"):
         command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest"]
         command += ["tests/test_gpu.py", "-q", "-p", "no:cacheprovider", "-k"]
-        command += [f"test_case_table and ({SANITIZED_CASES})"]
+        decode = "(test_decode_over_pages and page16)"
+        command += [f"(test_case_table and ({SANITIZED_CASES})) or {decode}"]
         status, last = run(command, LIMITS["sanitizer"] // 2, out / f"{tool}.log")
         results.append((status == 0, f"{tool}: {last} (exit {status})"))
     return all(good for good, _ in results), "; ".join(text for _, text in results)
+
+
+def decode(out: Path) -> tuple[bool, str]:
+    path = out / "decode.json"
+    command = [sys.executable, "tests/gpu_decode.py", "--json", str(path)]
+    status, last = run(command, LIMITS["decode"], out / "decode.log")
+    return status == 0 and path.exists(), f"{last} (exit {status}); rows in {path.name}"
 
 
 def bench(out: Path) -> tuple[bool, str]:
@@ -119,6 +128,7 @@ PARTS: dict[str, Callable[[Path], tuple[bool, str]]] = {
     "conformance": conformance,
     "cases": cases,
     "sanitizer": sanitizer,
+    "decode": decode,
     "bench": bench,
 }
 

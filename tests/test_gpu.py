@@ -1,14 +1,29 @@
 """The CUDA engines on a real GPU: the case table of every other engine, and what only a device
 shows (streams, graphs, several devices, no waiting). `make gpu-check` runs it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from native import kv_caches
 from torch import Tensor
 
-from flashattn_lite import ArgumentError, attention, flash_attn_func, flash_attn_with_kvcache
-from flashattn_lite.testing import Case, all_cases, check_case, gradients_of, make_inputs
+from flashattn_lite import (
+    ArgumentError,
+    attention,
+    flash_attn_func,
+    flash_attn_with_kvcache,
+    reference,
+)
+from flashattn_lite.testing import (
+    Case,
+    all_cases,
+    check_case,
+    check_within_budget,
+    gradients_of,
+    make_inputs,
+)
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a torch with CUDA"
@@ -42,6 +57,69 @@ def test_case_table(case: Case, algorithm: str) -> None:
             check_case(runner(algorithm), case, device="cuda")
     else:
         check_case(runner(algorithm), case, device="cuda")
+
+
+def few_queries(case: Case) -> Case:
+    return replace(case, seqlens=tuple((min(5, q), k) for q, k in case.seqlens))
+
+
+@pytest.mark.parametrize("case", [few_queries(c) for c in all_cases()], ids=str)
+def test_case_table_of_decode(case: Case) -> None:
+    """With at most five query tokens a sequence; decode has no backward."""
+    reason = out_of_reach(case) or ("decoding has no dropout" if case.dropout_p else "")
+    if reason and case.batch:
+        with pytest.raises(ArgumentError, match=reason):
+            check_case(runner("decode"), case, device="cuda", backward=False)
+    else:
+        check_case(runner("decode"), case, device="cuda", backward=False)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "page1", "page5", "page16", "page64", "page256"])
+@pytest.mark.parametrize("storage", ["same", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=("float16", "bfloat16"))
+def test_decode_over_pages(layout: str, storage: str, dtype: torch.dtype) -> None:
+    """Poisoned caches; the same bits alone and in a batch, in a graph, and with no waiting."""
+    lengths = [5000, 1, 300, 700]
+    k, v = ([torch.randn(n, 2, 128).to(dtype) for n in lengths] for _ in range(2))
+    q = torch.randn(4, 3, 8, 128, dtype=dtype, device="cuda")
+    cache = kv_caches.make_cache(layout, storage, k, v, 5003)
+    kv_caches.forget_unused_pages(cache, lengths)
+    options = {n: t.cuda() for n, t in cache.options.items()}
+    options["seqused_k"] = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    stored = [cache.k.cuda(), cache.v.cuda()]
+
+    def decode(batch: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        own = {n: o[batch] for n, o in options.items() if n in ("seqused_k", "block_table")}
+        of = [t if "block_table" in options else t[batch] for t in stored]
+        scales = {
+            n: o if "block_table" in options else o[batch]
+            for n, o in options.items()
+            if n.endswith("_scale")
+        }
+        out, lse = attention(
+            q[batch], *of, causal=True, return_lse=True, backend="decode", **own, **scales
+        )
+        return out, lse
+
+    out, lse = decode()
+    truth = reference.attention(q, *stored, causal=True, **options)
+    low = reference.attention(q, *stored, causal=True, **options, precision=dtype)
+    check_within_budget("out", out, truth[0], low[0])
+    check_within_budget("lse", lse, truth[1], low[1])
+    for b in range(4):
+        alone = decode(slice(b, b + 1))
+        assert torch.equal(alone[0][0], out[b]) and torch.equal(alone[1][0], lse[b])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decode()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, _ = decode()
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, out)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -1,5 +1,6 @@
 // The engine table: one row per algorithm. A new engine adds a header with these functions and its
 // row here; nothing else knows how many there are.
+#include "decode.h"
 #include "engine.h"
 #include "flash1.h"
 #include "flash2.h"
@@ -23,6 +24,8 @@ constexpr Engine kEngines[kAlgorithmCount] = {
      &flash1_backward_workspace_bytes, &flash1_forward, &flash1_backward},
     {"flash2", &flash2_supports_forward, &flash2_supports_backward, &flash2_forward_workspace_bytes,
      &flash2_backward_workspace_bytes, &flash2_forward, &flash2_backward},
+    {"decode", &decode_supports_forward, &decode_supports_backward, &decode_forward_workspace_bytes,
+     nullptr, &decode_forward, nullptr},  // supports no backward
 };
 
 const Engine& engine(Algorithm algorithm) { return kEngines[static_cast<int>(algorithm)]; }

@@ -6,9 +6,9 @@
 
 namespace fal::cuda {
 
-enum class Algorithm : int32_t { kFlash1 = 0, kFlash2 = 1 };
-constexpr int kAlgorithmCount = 2;
-const char* name(Algorithm algorithm);  // "flash1", "flash2"
+enum class Algorithm : int32_t { kFlash1 = 0, kFlash2 = 1, kDecode = 2 };
+constexpr int kAlgorithmCount = 3;
+const char* name(Algorithm algorithm);  // "flash1", "flash2", "decode"
 
 // Null when the engine can run the problem on a device of this compute capability (major * 10 +
 // minor), else a sentence that says why not (static storage).

@@ -15,8 +15,10 @@ struct Row {
   const char* name;
 };
 // In order of preference.
-constexpr Row kEngines[] = {
-    {Engine::kCpu, "cpu"}, {Engine::kCudaFlash2, "flash2"}, {Engine::kCudaFlash1, "flash1"}};
+constexpr Row kEngines[] = {{Engine::kCpu, "cpu"},
+                            {Engine::kCudaDecode, "decode"},
+                            {Engine::kCudaFlash2, "flash2"},
+                            {Engine::kCudaFlash1, "flash1"}};
 
 #ifdef FAL_WITH_CUDA
 void check_cuda(int error) {
@@ -24,7 +26,9 @@ void check_cuda(int error) {
 }
 
 cuda::Algorithm algorithm(Engine engine) {
-  return engine == Engine::kCudaFlash1 ? cuda::Algorithm::kFlash1 : cuda::Algorithm::kFlash2;
+  return engine == Engine::kCudaDecode   ? cuda::Algorithm::kDecode
+         : engine == Engine::kCudaFlash2 ? cuda::Algorithm::kFlash2
+                                         : cuda::Algorithm::kFlash1;
 }
 
 void* current_stream(int32_t device) {
@@ -80,7 +84,7 @@ Engine choose(const char* op, const std::string& backend, const Tensor& q, OnCpu
     if (wanted && !reason_against(row.engine, q, on_cpu, on_cuda)) return row.engine;
   }
   if (!known) {
-    fail(op, ": backend is '", backend, "'; it must be auto, cpu, cuda, flash1 or flash2");
+    fail(op, ": backend is '", backend, "'; it must be auto, cpu, cuda, decode, flash2 or flash1");
   }
   for (const Row& row : kEngines) {
     const char* reason = reason_against(row.engine, q, on_cpu, on_cuda);

@@ -6,10 +6,10 @@
 
 namespace fal::torch_binding {
 
-enum class Engine { kCpu, kCudaFlash1, kCudaFlash2 };
+enum class Engine { kCpu, kCudaDecode, kCudaFlash2, kCudaFlash1 };
 
-// The engine that `backend` asks for ("auto", "cpu", "flash1", "flash2"), or raises: the message
-// lists every engine with its reason.
+// The engine that `backend` asks for ("auto", "cpu", "cuda", "decode", "flash2", "flash1"), or
+// raises: the message lists every engine with its reason.
 Engine choose_forward(const char* op, const std::string& backend, const Tensor& q,
                       const ForwardProblem& problem);
 Engine choose_backward(const char* op, const std::string& backend, const Tensor& q,

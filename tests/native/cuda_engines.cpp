@@ -1,5 +1,6 @@
 // The CUDA engines on the emulator, for Python: problems come as dicts of integers, addresses and
 // strides that cuda_problem.py makes from tensors.
+#include "csrc/cuda/decode_split.h"
 #include "csrc/cuda/engine.h"
 #include "simt_binding.h"
 
@@ -51,7 +52,9 @@ ForwardProblem forward_problem(const py::dict& d) {
   p.q = view(d, "q");
   p.kv.k = view(d, "k");
   p.kv.v = view(d, "v");
-  p.kv.dtype = p.shape.dtype;
+  p.kv.dtype = static_cast<DType>(integer("kv_dtype"));
+  p.kv.k_scale = row_stats(d, "k_scale");
+  p.kv.v_scale = row_stats(d, "v_scale");
   p.kv.pages = {indices("block_table"), d["table_stride"].cast<int64_t>(), integer("page_size")};
   p.out = view(d, "out");
   p.lse = row_stats(d, "lse");
@@ -79,7 +82,10 @@ PYBIND11_MODULE(cuda_engines, m) {
   simt::bind(m);
   py::enum_<Algorithm>(m, "Algorithm")
       .value("flash1", Algorithm::kFlash1)
-      .value("flash2", Algorithm::kFlash2);
+      .value("flash2", Algorithm::kFlash2)
+      .value("decode", Algorithm::kDecode);
+  m.def("decode_splits", &decode_splits, py::kw_only(), py::arg("tiles"), py::arg("most_parts"),
+        py::arg("multiprocessors"), py::arg("blocks_per_multiprocessor"));
   m.def("supports_forward", [](Algorithm a, const py::dict& d, int capability) {
     return reason(supports_forward(a, forward_problem(d), capability));
   });

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashattn_lite import reference
 
-DTYPES = {torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 
 
 @functools.cache
@@ -95,6 +95,7 @@ def _problem(module: ModuleType, q: Tensor, k: Tensor, v: Tensor, o: dict[str, A
         "head_dim": head_dim,
         "head_dim_v": v.shape[-1],
         "dtype": DTYPES[q.dtype],
+        "kv_dtype": DTYPES[k.dtype],
         "rows_q": q.shape[0] if varlen_q else q.shape[0] * q.shape[1],
         "rows_k": k.shape[0] if k.dim() == 3 else k.shape[0] * k.shape[1],
         "seqlen_q": seqlen_q,
@@ -118,6 +119,10 @@ def _problem(module: ModuleType, q: Tensor, k: Tensor, v: Tensor, o: dict[str, A
     for name, t in (("q", q), ("k", k), ("v", v)):
         _address(module, t, name)
         problem[name] = _view(t)
+    for name in ("k_scale", "v_scale"):  # (batch, row, head), or (row, head) of varlen keys
+        t = o.get(name)
+        _address(module, t, name)
+        problem[name] = _row_stats(None if t is None else t.transpose(-1, -2))
     return problem
 
 
@@ -140,13 +145,16 @@ def forward(
     v: Tensor,
     *,
     seed: int = 0,
+    multiprocessors: int = 108,
     out: Tensor | None = None,
     **options: Any,
 ) -> Result:
     """Runs the forward under schedule `seed` with full checks. Outputs start as NaN."""
     module = engines()
     module.reset()
-    module.configure(seed=seed, max_smem_bytes=163 * 1024)  # of sm_80
+    module.configure(  # as sm_80
+        seed=seed, max_smem_bytes=163 * 1024, multiprocessors=multiprocessors
+    )
     problem = _problem(module, q, k, v, options)
     if out is None:
         out = torch.full((*q.shape[:-1], v.shape[-1]), float("nan"), dtype=q.dtype)

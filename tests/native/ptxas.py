@@ -57,7 +57,7 @@ def find_nvdisasm() -> str | None:
 
 def sources() -> list[Path]:
     """The files whose kernels have tensor cores in them."""
-    return sorted(CUDA.glob("flash*_bf16.cu"))
+    return sorted([*CUDA.glob("flash*_bf16.cu"), *CUDA.glob("decode_bf16.cu")])
 
 
 def demangle(names: list[str]) -> list[str]:
