@@ -376,7 +376,10 @@ def save_configs(tokenizer: Tokenizer, shape: Shape, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    generation = {"bos_token_id": end, "eos_token_id": end, "do_sample": True, "temperature": 0.7}
+    generation = {
+        **{"bos_token_id": end, "eos_token_id": end, "do_sample": True, "temperature": 0.7},
+        **{"top_p": 0.95, "repetition_penalty": 1.1},  # a model so small repeats itself
+    }
     for name, content in (
         ("config", config),
         ("tokenizer_config", tokenizer_config),

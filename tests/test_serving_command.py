@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,13 @@ from flashattn_lite.cli import main
 from flashattn_lite.serving import Engine, EngineConfig, SamplingParams, load_model, load_tokenizer
 from flashattn_lite.serving.command import EMBEDDED, MODEL_PACKAGES, SERVER_PACKAGES
 
-PROMPT = "def add(a, b):\n"
+PROMPT = "def add(a, b):"
 EXTRAS = (*MODEL_PACKAGES, *SERVER_PACKAGES, "jinja2", "pydantic", "starlette", "openai")
 
 
 def test_generate_prints_the_prompt_and_what_follows(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["generate", PROMPT, "--max-tokens", "20", "--temperature", "0"]
+    words += ["--repetition-penalty", "1"]
     assert main(words) == 0
     out, err = capsys.readouterr()
     import torch
@@ -52,6 +54,26 @@ def test_a_chat_and_a_text_from_standard_input(
     answer = capsys.readouterr().out
     assert main(["generate", "# Adds numbers.\n", *words]) == 0
     assert capsys.readouterr().out == "# Adds numbers.\n" + answer
+
+
+def test_the_models_own_defaults_are_taken_and_overruled(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED, folder)
+    (folder / "generation_config.json").write_text('{"temperature": 0, "top_k": null}')
+
+    def text(*words: str) -> str:
+        common = ["--model", str(folder), "--max-tokens", "16", "--quiet"]
+        assert main(["generate", PROMPT, *common, *words]) == 0
+        return capsys.readouterr().out
+
+    assert text() == text() == text("--temperature", "0")  # greedy, by the folder
+    assert text("--temperature", "1.5", "--seed", "1") != text(
+        "--temperature", "1.5", "--seed", "2"
+    )
+    (folder / "generation_config.json").unlink()
+    assert text("--seed", "1") == text("--seed", "1", "--temperature", "0.7", "--top-p", "0.95")
 
 
 def test_stop_ends_the_text(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,4 +174,4 @@ def test_the_demo_ends_with_a_models_text(capsys: pytest.CaptureFixture[str]) ->
     demo._show_text()
     out = capsys.readouterr().out
     before, _, text = out.partition(demo.PROMPT)
-    assert "Text: a model of" in before and len(text) > 300
+    assert "Text: a model of" in before and len(text) > 200

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).parent / "tiny"
 EMBEDDED_NAME = "flashattn-lite-tiny"
 SERVER_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+DEFAULTS = {"temperature": 0.7, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 MODEL_PACKAGES = ("tokenizers", "safetensors")
 
 
@@ -31,11 +33,14 @@ def add_parsers(commands: Any) -> None:
     generate.add_argument("text", help="what to continue; - reads it from the standard input")
     _add_model(generate)
     generate.add_argument("--max-tokens", type=_count, default=128, metavar="N")
-    generate.add_argument("--temperature", type=float, default=0.7, metavar="T", help="0: greedy")
-    generate.add_argument("--top-p", type=float, default=0.95, metavar="P")
-    generate.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all tokens")
-    generate.add_argument("--min-p", type=float, default=0.0, metavar="P")
-    generate.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R")
+    sampling = generate.add_argument_group(
+        "sampling", "default: the model's generation_config.json, else what is said here"
+    )
+    sampling.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (0.7)")
+    sampling.add_argument("--top-p", type=float, metavar="P", help="(0.95)")
+    sampling.add_argument("--top-k", type=int, metavar="K", help="0 keeps all tokens (0)")
+    sampling.add_argument("--min-p", type=float, metavar="P", help="(0)")
+    sampling.add_argument("--repetition-penalty", type=float, metavar="R", help="(1, which is off)")
     generate.add_argument("--seed", type=int, help="the same seed gives the same text")
     generate.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end there; may be repeated"
@@ -182,11 +187,7 @@ def _generate(known: argparse.Namespace) -> int:
     try:
         params = SamplingParams(
             max_tokens=known.max_tokens,
-            temperature=known.temperature,
-            top_p=known.top_p,
-            top_k=known.top_k,
-            min_p=known.min_p,
-            repetition_penalty=known.repetition_penalty,
+            **_sampling(known),
             seed=known.seed,
             stop=known.stop,
             ignore_eos=known.ignore_eos,
@@ -198,13 +199,24 @@ def _generate(known: argparse.Namespace) -> int:
         prompt = tokenizer.encode(text, add_special_tokens=not known.chat)
         engine = Engine(model, tokenizer, one_request())
         engine.submit(prompt, params)
-    except (RequestError, _UsageError) as error:
+    except (RequestError, _UsageError, json.JSONDecodeError) as error:
         return _stop("generate", error)
     if not known.chat:
         from flashattn_lite.bench import tables
 
         print(tables.paint(text, tables.BOLD), end="", flush=True)
     return stream(engine, quiet=known.quiet)
+
+
+def _sampling(known: argparse.Namespace) -> dict[str, Any]:
+    """How to sample: the options, else the model's generation_config.json, else DEFAULTS."""
+    path = (known.model or EMBEDDED) / "generation_config.json"
+    recommended = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    found = {}
+    for name, default in DEFAULTS.items():
+        values = (getattr(known, name), recommended.get(name), default)
+        found[name] = next(value for value in values if value is not None)
+    return found
 
 
 def one_request() -> EngineConfig:
