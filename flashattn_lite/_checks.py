@@ -13,6 +13,7 @@ from typing import Literal
 from torch import Tensor, int32, int64
 
 from flashattn_lite._ops import ArgumentError
+from flashattn_lite.block_mask import BlockMask
 from flashattn_lite.reference import Options
 
 _IndexVector = Literal["cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"]
@@ -165,6 +166,9 @@ def _check_contents(q: Tensor, k: Tensor, batch: int, options: Options) -> None:
                 raise ArgumentError(
                     f"bias has shape {tuple(bias.shape)}; it must broadcast to {full}"
                 )
+    mask = options.get("block_mask")
+    if mask is not None:
+        _check_block_mask(mask, q, batch, options, lengths)
     used = options.get("seqused_k")
     if table is not None and used is not None:
         for b, value in enumerate(used.tolist()):
@@ -173,6 +177,37 @@ def _check_contents(q: Tensor, k: Tensor, batch: int, options: Options) -> None:
                     raise ArgumentError(
                         f"block_table[{b}, {p}] is {page} but k has {k.shape[0]} pages"
                     )
+
+
+def _check_block_mask(
+    mask: BlockMask, q: Tensor, batch: int, options: Options, lengths: dict[str, list[int]]
+) -> None:
+    if mask.batch not in (1, batch):
+        raise ArgumentError(f"block_mask has batch {mask.batch}; it must be 1 or {batch}")
+    if mask.heads not in (1, q.shape[-2]):
+        raise ArgumentError(
+            f"block_mask has {mask.heads} heads; it must be 1 or {q.shape[-2]}, the heads of q"
+        )
+    used, leftpad = options.get("seqused_k"), options.get("leftpad_k")
+    keys = list(lengths["k"]) if used is None else used.tolist()
+    if leftpad is not None:
+        keys = [n - skipped for n, skipped in zip(keys, leftpad.tolist(), strict=True)]
+    for b, n in enumerate(keys):
+        if n > mask.seqlen_k:
+            raise ArgumentError(
+                f"block_mask has seqlen_k {mask.seqlen_k} but sequence {b} has {n} keys; a mask "
+                "must cover every key"
+            )
+    ragged = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k")
+    if batch and all(options.get(name) is None for name in ragged):
+        seqlen_q, seqlen_k = lengths["q"][0], lengths["k"][0]
+        before = (mask.seqlen_k - mask.seqlen_q) - (seqlen_k - seqlen_q)
+        if before > 0 and seqlen_q > 0:
+            raise ArgumentError(
+                f"block_mask covers {mask.seqlen_q} x {mask.seqlen_k} but q and k have seqlens "
+                f"{seqlen_q} and {seqlen_k}: the first query row lies {before} rows before the "
+                "mask's first"
+            )
 
 
 def _differences(cu: Tensor, side: str, t: Tensor) -> list[int]:

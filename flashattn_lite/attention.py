@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from typing_extensions import Unpack
 
 from flashattn_lite import _checks, _ops, reference
+from flashattn_lite.block_mask import BlockMask
 
 __all__ = ["attention", "draw_dropout_seed"]
 
@@ -252,6 +253,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    block_mask: BlockMask | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
@@ -293,6 +295,9 @@ def attention(
         sinks: (heads_q); a logit per head that joins the softmax's denominator. Has a gradient.
         bias: broadcasts to (batch, heads_q, seqlen_q, seqlen_k), added to the scores after the
             softcap. Has a gradient (on the CPU).
+        block_mask: which blocks of keys each row may see, beside causal and window; what is not
+            listed is neither read nor computed. A mask of another shape than (seqlen_q, seqlen_k)
+            keeps its place by position: see ``BlockMask``.
         dropout_p: in [0, 1); the mask follows ``torch.manual_seed``, equally on every device.
         dropout_seed: one int64 on the CPU; default: drawn from torch's default generator.
         cu_seqlens_q: int32 (batch + 1), offsets of the sequences in q, from 0.
@@ -346,6 +351,12 @@ def attention(
         sinks = sinks.float()
     if bias is not None:
         bias = bias[(None,) * (4 - bias.dim())]
+    if block_mask is not None and not isinstance(block_mask, BlockMask):
+        raise TypeError(
+            f"{name}: block_mask is {type(block_mask).__name__}; it must be a BlockMask: "
+            "BlockMask.from_dense makes one of a boolean tensor, BlockMask.from_flex of "
+            "flex_attention's"
+        )
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise _ops.ArgumentError(f"{name}: alibi_slopes has no gradient here; pass it detached")
     if dropout_p > 0 and dropout_seed is None:
@@ -369,6 +380,7 @@ def attention(
             alibi_slopes=alibi_slopes,
             sinks=sinks,
             bias=bias,
+            block_mask=block_mask,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
             cu_seqlens_q=cu_seqlens_q,
@@ -404,6 +416,7 @@ def attention(
             and alibi_slopes is None
             and sinks is None
             and bias is None
+            and block_mask is None
             and dropout_seed is None
             and dropout_p == 0
             and softcap == 0
@@ -425,9 +438,9 @@ def attention(
             *(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, leftpad_k),
             *(block_table, k_scale, v_scale, max_seqlen_q, max_seqlen_k, alibi_slopes),
         )
-        block_mask: tuple[Tensor | None, Tensor | None] = (None, None)
+        packed = (None, None) if block_mask is None else block_mask.packed(q.device)
         numbers = (
-            *(dropout_seed, *block_mask),
+            *(dropout_seed, *packed),
             *(softmax_scale, softcap, left, right, dropout_p, backend),
         )
         if needs_grad:

@@ -23,6 +23,7 @@ from flashattn_lite.attention import (
     draw_dropout_seed,
     plain_attention,
 )
+from flashattn_lite.block_mask import BlockMask
 from flashattn_lite.kv_cache import flash_attn_with_kvcache
 from flashattn_lite.merge import flash_attn_combine
 
@@ -90,6 +91,7 @@ def _attend(
     alibi_slopes: Tensor | None,
     deterministic: bool,
     return_attn_probs: bool,
+    block_mask: BlockMask | None,
     **lengths: Any,
 ) -> Result:
     """The common part of the functions below."""
@@ -97,8 +99,11 @@ def _attend(
         window = UNBOUNDED
     else:
         window = _flash_window(window_size, lengths.get("max_seqlen_k", k.shape[1]), name)
-    if window is UNBOUNDED and not (
-        dropout_p or softcap or return_attn_probs or lengths or alibi_slopes is not None
+    if (
+        window is UNBOUNDED
+        and alibi_slopes is None
+        and block_mask is None
+        and not (dropout_p or softcap or return_attn_probs or lengths)
     ):
         return plain_attention(name, q, k, v, softmax_scale, causal, deterministic)
     seed = draw_dropout_seed() if dropout_p > 0 else None
@@ -111,6 +116,7 @@ def _attend(
         softmax_scale=softmax_scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        block_mask=block_mask,
         dropout_p=dropout_p,
         dropout_seed=seed,
         deterministic=deterministic,
@@ -134,6 +140,7 @@ def _attend(
         softmax_scale=softmax_scale,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        block_mask=block_mask,
         dropout_p=dropout_p,
         dropout_seed=seed,
         **lengths,
@@ -154,6 +161,8 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    block_mask: BlockMask | None = None,
 ) -> Result:
     """Attention of dense tensors.
 
@@ -170,6 +179,7 @@ def flash_attn_func(
         alibi_slopes: float32 (heads_q) or (batch, heads_q).
         deterministic: gradients bitwise repeatable on CUDA too.
         return_attn_probs: also return what follows.
+        block_mask: beyond flash_attn: the blocks of keys that each row may see (``BlockMask``).
 
     Returns:
         out: (batch, seqlen_q, heads_q, head_dim_v); 0 in rows that see nothing.
@@ -199,6 +209,7 @@ def flash_attn_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
+        block_mask,
     )
 
 
@@ -212,6 +223,8 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    block_mask: BlockMask | None = None,
 ) -> Result:
     """``flash_attn_func`` with q, k, v in one tensor: qkv (batch, seqlen, 3, heads, head_dim).
 
@@ -232,6 +245,7 @@ def flash_attn_qkvpacked_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
+        block_mask,
     )
 
 
@@ -246,6 +260,8 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    block_mask: BlockMask | None = None,
 ) -> Result:
     """``flash_attn_func`` with k, v in one tensor: kv (batch, seqlen_k, 2, heads_k, head_dim).
 
@@ -266,6 +282,7 @@ def flash_attn_kvpacked_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
+        block_mask,
     )
 
 
@@ -286,6 +303,8 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
+    *,
+    block_mask: BlockMask | None = None,
 ) -> Result:
     """Attention of sequences of unequal lengths, laid end to end without padding.
 
@@ -337,6 +356,7 @@ def flash_attn_varlen_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
+        block_mask,
         **lengths,
     )
 
@@ -353,6 +373,8 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    block_mask: BlockMask | None = None,
 ) -> Result:
     """``flash_attn_varlen_func`` with q, k, v in one tensor: qkv (total, 3, heads, head_dim).
 
@@ -374,6 +396,7 @@ def flash_attn_varlen_qkvpacked_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
+        block_mask,
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_k=cu_seqlens,
         max_seqlen_q=int(max_seqlen),
@@ -396,6 +419,8 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    block_mask: BlockMask | None = None,
 ) -> Result:
     """``flash_attn_varlen_func`` with k, v in one tensor: kv (total_k, 2, heads_k, head_dim).
 
@@ -418,6 +443,7 @@ def flash_attn_varlen_kvpacked_func(
         alibi_slopes,
         deterministic,
         return_attn_probs,
+        block_mask,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=int(max_seqlen_q),

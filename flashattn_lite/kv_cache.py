@@ -16,6 +16,7 @@ from torch import Tensor
 from flashattn_lite import _ops
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.attention import attention
+from flashattn_lite.block_mask import BlockMask
 
 __all__ = ["append_kv_cache", "flash_attn_with_kvcache"]
 
@@ -167,6 +168,7 @@ def flash_attn_with_kvcache(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    block_mask: BlockMask | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of q over a KV cache, after appending k and v to it, if given. No gradient.
@@ -198,6 +200,8 @@ def flash_attn_with_kvcache(
         sinks: float32 (heads_q), a logit per head that joins the softmax's denominator.
         k_scale: float32 k_cache.shape[:3], factors of an int8 or float8_e4m3fn cache.
         v_scale: the same for v_cache.
+        block_mask: the blocks of keys that each row may see; its rows and keys count positions, so
+            that one square mask of the longest context serves every step.
         backend: as in ``attention``.
 
     Returns:
@@ -262,6 +266,7 @@ def flash_attn_with_kvcache(
                 block_table=block_table,
                 k_scale=k_scale,
                 v_scale=v_scale,
+                block_mask=block_mask,
                 return_lse=return_softmax_lse,
                 backend=backend,
                 name=_NAME,

@@ -11,11 +11,14 @@ formula with ``precision=q.dtype``: what rounding alone costs when every step is
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
+
+if TYPE_CHECKING:
+    from flashattn_lite.block_mask import BlockMask
 
 __all__ = [
     "Options",
@@ -146,7 +149,8 @@ class Options(TypedDict, total=False):
     alibi_slopes: Tensor | None  # (heads_q) or (batch, heads_q)
     sinks: Tensor | None  # (heads_q), natural-log units like the scores
     bias: Tensor | None  # broadcasts to (batch, heads_q, seqlen_q, seqlen_k)
-    mask: Tensor | None  # bool, broadcasts likewise; False hides (a block mask made dense)
+    mask: Tensor | None  # bool, broadcasts likewise; False hides
+    block_mask: BlockMask | None  # what it hides is hidden too; placed by position
     dropout_p: float
     dropout_seed: Tensor | int | None  # one int64
     cu_seqlens_q: Tensor | None  # (batch + 1): q is (total_q, heads_q, head_dim)
@@ -330,6 +334,7 @@ def _run(
     scale = 1.0 / math.sqrt(head_dim) if scale is None else scale
     slopes, sinks = options.get("alibi_slopes"), options.get("sinks")
     bias, mask = options.get("bias"), options.get("mask")
+    block_mask = options.get("block_mask")
     table, cu_k = options.get("block_table"), options.get("cu_seqlens_k")
 
     def keys(t: Tensor, factor: Tensor | None, s: Sequence) -> Tensor:
@@ -358,6 +363,9 @@ def _run(
         )
         if mask is not None:
             seen = seen & _of_sequence(mask, s)
+        if block_mask is not None:
+            shown = block_mask.to_dense(s.seqlen_q, s.seqlen_k)
+            seen = seen & shown[s.batch if shown.shape[0] > 1 else 0].to(seen.device)
         slope = None
         if slopes is not None:
             slope = (slopes if slopes.dim() == 1 else slopes[s.batch]).to(precision)[:, None, None]

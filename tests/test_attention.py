@@ -212,7 +212,7 @@ def test_operators_called_directly_agree_with_attention() -> None:
     """The operators are public under torch.ops: positional, every option named in the schema."""
     q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
     lengths = (None,) * 8
-    options = (*lengths, 5, 5, None, None, None, None, 8**-0.5, 0.0, -1, 0, 0.0)
+    options = (*lengths, 5, 5, *(None,) * 6, 8**-0.5, 0.0, -1, 0, 0.0)
     out, lse = forward(q, k, v, *options, "auto")
     expected, expected_lse = with_lse(q, k, v, causal=True)
     assert torch.equal(out, expected) and torch.equal(lse, expected_lse)

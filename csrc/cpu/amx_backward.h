@@ -32,7 +32,7 @@ struct AmxBackwardScratch {
   char *q_pairs, *dout_pairs, *q_rows, *dout_rows;  // the query tile; *_rows are row pairs
   char *p, *ds, *ds_pairs;                          // bf16, a block after the other
   float *scores, *dscores, *dq_transposed, *dq, *dk, *dv, *bend, *bias;
-  int32_t* keep;
+  int32_t *keep, *mask_words;  // a panel's words after the other
 
   FAL_INLINE static AmxBackwardScratch place(ScratchCursor* cursor, const BackwardProblem& problem,
                                              int block_keys, int tile_rows) {
@@ -59,6 +59,10 @@ struct AmxBackwardScratch {
     s.bend = f.score.softcap > 0.f ? cursor->take<float>(kScoreBlockSize) : nullptr;
     s.bias = f.score.bias.data ? cursor->take<float>(kPanel * block_keys) : nullptr;
     s.keep = f.score.dropout_threshold ? cursor->take<int32_t>(kPanel * block_keys) : nullptr;
+    s.mask_words = f.block_mask.given()
+                       ? cursor->take<int32_t>(tile_rows / kPanel *
+                                               fal::cpu::FAL_CPU_ISA::mask_words(kAmxTileKeys))
+                       : nullptr;
     return s;
   }
 };
@@ -157,7 +161,7 @@ class AmxBackwardTile {
     for (int p = 0; p < panels_; ++p) {
       const Range rows{t.rows.begin + p * kPanel,
                        min_int(t.rows.begin + (p + 1) * kPanel, t.rows.end)};
-      const PanelRange range = panel_range(t.band, rows, keys, kBlock, 0);
+      const PanelRange range = panel_range(t.band, t.mask, rows, keys, kBlock, 0);
       AmxGradientPanel& panel = panel_[p];
       panel.row = p * kPanel;
       panel.first_row = rows.begin;
@@ -166,7 +170,11 @@ class AmxBackwardTile {
       panel.masked = range.masked;
       const Range all = intersect(t.band.keys_of_all(rows), keys);
       panel.all = {all.begin - keys.begin, all.end - keys.begin};
-      if (range.masked) panel.mask = PanelMask::make(t.band, rows.begin, keys);
+      if (range.masked) {
+        int32_t* words = s.mask_words + p * mask_words(kAmxTileKeys);
+        panel.mask = panel_mask(t.band, t.mask, rows, keys, range, words);
+        if (panel.mask.words) panel.all = {0, 0};
+      }
     }
   }
 
@@ -268,6 +276,7 @@ class AmxBackwardTile {
     for (int d = 0; d < dims; d += kBlock) {
       load_block(out + d, dims);
       for (int p = begin; p < end; ++p) {
+        if (!sees(p)) continue;
         const char* a = rows + p * kGradientTileBytes;
         const char* b0 = pairs + (static_cast<int64_t>(p) * dims + d) / 16 * kTileBytes;
         multiply_block(a, a + kTileBytes, 64, b0, b0 + kTileBytes, 64);
@@ -284,7 +293,7 @@ class AmxBackwardTile {
       return;
     }
     const char* pairs = block(panel, 0).ds_pairs;
-    const int64_t depth = static_cast<int64_t>(t_.plan->block_keys) / kTileDepth * kTileBytes;
+    const int64_t depth = static_cast<int64_t>(t_.plan->scratch_keys) / kTileDepth * kTileBytes;
     for (int d = 0; d < dim_; d += kBlock) {
       const char* k = s_.k_depth + d / 16 * depth;
       clear_block();
@@ -334,7 +343,8 @@ struct OperandCheck {
 
 static bool operands_finite(const BackwardProblem& problem, const ThreadPool& pool) {
   const ForwardProblem& f = problem.forward;
-  if (f.window.left < 0 && f.window.right < 0) return true;  // nothing is masked
+  const bool masked = f.window.left >= 0 || f.window.right >= 0 || f.block_mask.given();
+  if (!masked) return true;
   int32_t special = 0;
   const OperandCheck check{&problem, &special};
   const int64_t items = static_cast<int64_t>(f.shape.batch) * f.shape.heads_q;

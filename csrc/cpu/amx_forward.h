@@ -319,7 +319,7 @@ struct AmxForward {
         const Range panel_rows{t.rows.begin + row,
                                min_int(t.rows.begin + row + kPanel, t.rows.end)};
         AmxPanel panel{};
-        panel.range = panel_range(t.band, panel_rows, keys, kBlock, 0);
+        panel.range = panel_range(t.band, t.mask, panel_rows, keys, kBlock, 0);
         if (panel.range.begin >= panel.range.end) continue;
         panel.q = s.q + static_cast<int64_t>(row) * steps * kTileDepth * 2;
         panel.k = s.k;
@@ -331,7 +331,11 @@ struct AmxForward {
         const Range all = intersect(t.band.keys_of_all(panel_rows), keys);
         panel.all = {all.begin - keys.begin, all.end - keys.begin};
         panel.exact = panel.range.masked && !v_finite;
-        if (panel.range.masked) panel.mask = PanelMask::make(t.band, panel_rows.begin, keys);
+        alignas(64) int32_t words[mask_words(kAmxTileKeys)];
+        if (panel.range.masked) {
+          panel.mask = panel_mask(t.band, t.mask, panel_rows, keys, panel.range, words);
+          if (panel.mask.words) panel.all = {0, 0};
+        }
         if (s.bias) pack_bias(p.score.bias, t.batch, t.head, panel_rows, keys, s.bias);
         if (s.keep) fill_dropout<kPanel>(t.dropout, t.batch_head(), panel_rows, keys, s.keep);
         forward_panel(t, s, panel, row, keys);

@@ -94,11 +94,13 @@ static FAL_NOINLINE void backward_tile(const BackwardTile& t, const BackwardScra
                                t.rows, keys, s.keep);
   }
 
+  const TileView view(t.band, t.mask, t.rows, keys);
   for (int row = 0; row < rows; row += kPanel) {
-    const Range panel_rows{t.rows.begin + row, min_int(t.rows.begin + row + kPanel, t.rows.end)};
-    const PanelRange range = panel_range(t.band, panel_rows, keys, kRows, kRows - 1);
+    const Range panel_rows = view.panel_rows(row);
+    const PanelRange range = view.panel(row);
+    alignas(64) int32_t mask_bits[mask_words(kTileKeys)];
     PanelMask mask;
-    if (range.masked) mask = PanelMask::make(t.band, panel_rows.begin, keys);
+    if (range.masked) mask = panel_mask(t.band, t.mask, panel_rows, keys, range, mask_bits);
     Float unused[kVectors] = {};
     score_panel<false, false>(k, k_ld, s.q_transposed + static_cast<int64_t>(row) * depth, depth,
                               range, mask, s.p + row, unused);
@@ -125,23 +127,18 @@ static FAL_NOINLINE void backward_tile(const BackwardTile& t, const BackwardScra
                                    p + rows_at, ds + rows_at, s.ds_of_keys + keys_at);
     }
     fill_panel(range, s.ds_of_keys + row);
+    if (t.mask) {  // the rows that see a key need not follow each other
+      fill_rows(range, p + row / kPerWord<Word>);
+      fill_rows(range, ds + row / kPerWord<Word>);
+    }
   }
 
-  // Query rows, relative to the tile, that see some key of [begin, end); keys that some row sees.
-  const auto rows_of_keys = [&](int begin, int end) {
-    const Range seen =
-        intersect(t.band.rows_of_any({keys.begin + begin, keys.begin + min_int(end, n)}), t.rows);
-    return seen.empty() ? Range{0, 0} : Range{seen.begin - t.rows.begin, seen.end - t.rows.begin};
-  };
-  const auto keys_of_rows = [&](int begin, int end) {
-    const Range seen = intersect(
-        t.band.keys_of_any({t.rows.begin + begin, t.rows.begin + min_int(end, rows)}), keys);
-    return seen.empty() ? Range{0, 0} : Range{seen.begin - keys.begin, seen.end - keys.begin};
-  };
-  const auto rows_of_group = [&](int r) { return rows_of_keys(r, r + kRows); };
-  const auto rows_of_one = [&](int r) { return rows_of_keys(r, r + 1); };
-  const auto keys_of_group = [&](int r) { return keys_of_rows(r, r + kRows); };
-  const auto keys_of_one = [&](int r) { return keys_of_rows(r, r + 1); };
+  const auto rows_of_group = [&](int r) { return view.rows_of_keys(r, r + kRows); };
+  const auto rows_of_one = [&](int r) { return view.rows_of_keys(r, r + 1); };
+  const auto keys_of_group = [&](int r) { return view.keys_of_rows(r, r + kRows); };
+  const auto keys_of_one = [&](int r) { return view.keys_of_rows(r, r + 1); };
+  const auto shows = [&](int row, int key) { return view.shows(row, key); };
+  const auto shows_key = [&](int key, int row) { return view.shows(row, key); };
   const int vectors = (dim + kLanes - 1) / kLanes, vectors_v = (dim_v + kLanes - 1) / kLanes;
   float* dv = s.dv + static_cast<int64_t>(offset) * ld_v;
   float* dk = s.dk + static_cast<int64_t>(offset) * ld;
@@ -151,21 +148,21 @@ static FAL_NOINLINE void backward_tile(const BackwardTile& t, const BackwardScra
                       nullptr, rows_of_group);
   } else {
     accumulate_exactly(dv, ld_v, n, vectors_v, p, kScoreStride, 1, s.dout_panels, kTileRows, false,
-                       nullptr, rows_of_one);
+                       nullptr, rows_of_one, shows_key);
   }
   if (s.q_finite || !partial) {
     accumulate<false>(dk, ld, n, vectors, ds, kScoreStride, 1, s.q_panels, kTileRows, false,
                       nullptr, rows_of_group);
   } else {
     accumulate_exactly(dk, ld, n, vectors, ds, kScoreStride, 1, s.q_panels, kTileRows, false,
-                       nullptr, rows_of_one);
+                       nullptr, rows_of_one, shows_key);
   }
   if (s.k_finite || !partial) {
     accumulate<false>(s.dq, ld, rows, vectors, s.ds_of_keys, 1, kScoreStride, k_panels, kTileKeys,
                       first, nullptr, keys_of_group);
   } else {
     accumulate_exactly(s.dq, ld, rows, vectors, s.ds_of_keys, 1, kScoreStride, k_panels, kTileKeys,
-                       first, nullptr, keys_of_one);
+                       first, nullptr, keys_of_one, shows);
   }
 }
 
@@ -178,7 +175,14 @@ FAL_INLINE void add_dq(const BackwardTile& t, const Sequence& seq, const float* 
   const ForwardProblem& f = plan.problem.forward;
   const int dim = f.shape.head_dim, ld = round_up(dim, kPanel), sum_ld = round_up(dim, kLanes);
   const Range seen = t.band.keys_of_any(t.rows);
-  const int64_t first = seen.begin / plan.block_keys, last = (seen.end - 1) / plan.block_keys;
+  int64_t first = seen.begin / plan.block_keys, last = (seen.end - 1) / plan.block_keys;
+  int64_t next = block + 1;  // the key block that adds after this one
+  if (t.mask) {
+    first = t.mask->next_key(t.band, t.rows, 0) / plan.block_keys;
+    const int32_t key = t.mask->next_key(t.band, t.rows, t.block.end);
+    next = key / plan.block_keys;
+    last = key == HeadMask::kNone ? block : next;
+  }
   const View<T> dq = plan.problem.dq.as<T>();
   const int32_t place = static_cast<int32_t>(block - first);
   if (place > 0) wait_for_turn(turn, place);
@@ -196,7 +200,7 @@ FAL_INLINE void add_dq(const BackwardTile& t, const Sequence& seq, const float* 
     }
     if (block == last) store_row(row, sum, dim, f.score.scale);
   }
-  if (block < last) pass_turn(turn, place + 1);
+  if (block < last) pass_turn(turn, static_cast<int32_t>(next - first));
 }
 
 // Writes dK and dV of a key block, and zeros where the tensors hold rows that belong to no
@@ -209,11 +213,9 @@ FAL_INLINE void store_key_block(const BackwardPlan& plan, const float* dk_block,
   const int ld = round_up(f.shape.head_dim, kPanel), ld_v = round_up(f.shape.head_dim_v, kPanel);
   const View<T> dk = plan.problem.dk.as<T>(), dv = plan.problem.dv.as<T>();
   for (int j = 0; j < block.size(); ++j) {
-    const int64_t row = seq.row_k + block.begin + j;
-    store_row(dk.at(b, row, head_k), dk_block + static_cast<int64_t>(j) * ld, f.shape.head_dim,
-              f.score.scale);
-    store_row(dv.at(b, row, head_k), dv_block + static_cast<int64_t>(j) * ld_v, f.shape.head_dim_v,
-              1.f);
+    const int64_t row = seq.row_k + block.begin + j, at = plan.scratch_offset(j);
+    store_row(dk.at(b, row, head_k), dk_block + at * ld, f.shape.head_dim, f.score.scale);
+    store_row(dv.at(b, row, head_k), dv_block + at * ld_v, f.shape.head_dim_v, 1.f);
   }
 }
 
@@ -283,7 +285,6 @@ struct VectorBackward {
 
 template <class Product, class T>
 static void backward_item(const void* arg, int64_t item, char* memory) {
-  constexpr int kTileKeys = Product::kTileKeys;
   const BackwardPlan& plan = *static_cast<const BackwardPlan*>(arg);
   const BackwardProblem& p = plan.problem;
   const ForwardProblem& f = p.forward;
@@ -300,10 +301,10 @@ static void backward_item(const void* arg, int64_t item, char* memory) {
 
   ScratchCursor cursor{memory};
   typename Product::Scratch s =
-      Product::Scratch::place(&cursor, p, plan.block_keys, plan.tile_rows);
+      Product::Scratch::place(&cursor, p, plan.scratch_keys, plan.tile_rows);
   const int dim = shape.head_dim, dim_v = shape.head_dim_v;
   const int ld = round_up(dim, kPanel), ld_v = round_up(dim_v, kPanel);
-  const int padded = min_int(round_up(block.size(), kTileKeys), plan.block_keys);
+  const int padded = plan.scratch_offset(round_up(block.size(), plan.tile_keys));
   memset(s.dk, 0, sizeof(float) * padded * ld);
   memset(s.dv, 0, sizeof(float) * padded * ld_v);
   const ContiguousKv<T> kv = ContiguousKv<T>::make(f.kv, seq, b, head_k);
@@ -312,15 +313,19 @@ static void backward_item(const void* arg, int64_t item, char* memory) {
   bool packed = false;
   const int group = shape.heads_q / shape.heads_k;
   for (int h = head_k * group; h < (head_k + 1) * group; ++h) {
-    DenseTilesOfKeys tiles = DenseTilesOfKeys::make(band, block, plan.tile_rows);
+    HeadMask mask{};
+    if (f.block_mask.given()) mask = HeadMask::make(f.block_mask, b, h, band);
+    const HeadMask* given = f.block_mask.given() ? &mask : nullptr;
+    TilesOfKeys tiles = TilesOfKeys::make(band, given, block, plan.tile_rows);
     for (Tile tile; tiles.next(&tile);) {
       if (!packed) {
         packed = true;
-        for (int j = 0; j < block.size(); j += kTileKeys) {
-          const int n = min_int(kTileKeys, block.size() - j);
+        for (int j = 0; j < block.size(); j += plan.tile_keys) {
+          const int n = min_int(plan.tile_keys, block.size() - j);
           const StridedRows<T> k_rows{kv.k_row(block.begin + j), kv.k_stride};
           const StridedRows<T> v_rows{kv.v_row(block.begin + j), kv.v_stride};
-          Product::pack_keys(k_rows, v_rows, n, dim, dim_v, j, plan.block_keys, &s);
+          Product::pack_keys(k_rows, v_rows, n, dim, dim_v, plan.scratch_offset(j),
+                             plan.scratch_keys, &s);
         }
       }
       const Range rows = tile.range;
@@ -331,6 +336,7 @@ static void backward_item(const void* arg, int64_t item, char* memory) {
       const BackwardTile t{
           &plan,
           band,
+          given,
           rows,
           block,
           b,
@@ -341,11 +347,11 @@ static void backward_item(const void* arg, int64_t item, char* memory) {
           plan.lse + stat,
           plan.delta + stat};
       bool first = true;
-      for (int j = 0; j < block.size(); j += kTileKeys) {
-        const Range keys{block.begin + j, min_int(block.begin + j + kTileKeys, block.end)};
-        const TileKind kind = band.classify(rows, keys);
+      for (int j = 0; j < block.size(); j += plan.tile_keys) {
+        const Range keys{block.begin + j, min_int(block.begin + j + plan.tile_keys, block.end)};
+        const TileKind kind = given ? mask.classify(band, rows, keys) : band.classify(rows, keys);
         if (kind == TileKind::kSkip) continue;
-        Product::tile(t, s, keys, j, kind == TileKind::kPartial, first);
+        Product::tile(t, s, keys, plan.scratch_offset(j), kind == TileKind::kPartial, first);
         first = false;
       }
       add_dq<T>(t, seq, s.dq, index, plan.turn + plan.row_item(b, h, rows.begin / plan.tile_rows));
@@ -361,7 +367,7 @@ static void backward_with(const BackwardProblem& problem, const ThreadPool& pool
   plan.place_shared(static_cast<char*>(memory));
   memset(plan.turn, 0, sizeof(int32_t) * plan.row_items());
   ScratchCursor size{nullptr};
-  Product::Scratch::place(&size, problem, plan.block_keys, plan.tile_rows);
+  Product::Scratch::place(&size, problem, plan.scratch_keys, plan.tile_rows);
   try {
     run_items(pool, plan.row_items() + 1, plan.flops, 0, &backward_row_item<T>, &plan);
     run_items(pool, plan.key_items(), plan.flops, size.used, &backward_item<Product, T>, &plan);

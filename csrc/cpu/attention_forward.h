@@ -15,12 +15,12 @@
 // Scratch of one thread (fp32), head dim 128: Q 96 KiB, K 72, V 72, S 117, O 96.
 #pragma once
 
-#include "../core/tiles.h"
 #include "decode.h"
 #include "pack_pairs.h"
 #include "parallel.h"
 #include "score_panel.h"
 #include "scratch.h"
+#include "tile_view.h"
 
 namespace fal::cpu::FAL_CPU_ISA {
 
@@ -51,6 +51,7 @@ struct ForwardScratch {
 struct ForwardPlan {
   ForwardProblem problem;
   int tile_rows;       // query rows of an item
+  int tile_keys;       // keys of a tile, at most
   int64_t row_blocks;  // items of one (batch entry, head)
   int64_t items;       // the last one clears the rows beyond every sequence
   double flops;
@@ -128,6 +129,7 @@ FAL_INLINE void drop_panel(PanelRange range, const int32_t* keep, Pair* p) {
 struct ForwardTile {
   const ForwardProblem* problem;
   Band band;
+  const HeadMask* mask;  // null without a block mask
   Range rows;
   int batch, head;
   bool general;  // a score modification is on
@@ -155,13 +157,15 @@ static FAL_NOINLINE void forward_tile(const ForwardTile& t, const ForwardScratch
     fill_dropout<kScoreStride>(t.dropout, t.batch_head(), t.rows, keys, s.keep);
   }
 
+  const TileView view(t.band, t.mask, t.rows, keys);
   for (int row = 0; row < rows; row += kPanel) {
-    const Range panel_rows{t.rows.begin + row, min_int(t.rows.begin + row + kPanel, t.rows.end)};
-    const PanelRange range = panel_range(t.band, panel_rows, keys, kRows, kRows - 1);
+    const Range panel_rows = view.panel_rows(row);
+    const PanelRange range = view.panel(row);
     const Word* q_panel = s.q + static_cast<int64_t>(row) * depth;
     float* scores = s.scores + row;
     PanelMask mask;
-    if (range.masked) mask = PanelMask::make(t.band, panel_rows.begin, keys);
+    alignas(64) int32_t words[mask_words(kTileKeys)];
+    if (range.masked) mask = panel_mask(t.band, t.mask, panel_rows, keys, range, words);
     Float new_max[kVectors];
     for (int v = 0; v < kVectors; ++v) {
       new_max[v] = kScaledQ<Word> ? load(s.max + row + v * kLanes) : set1(-FAL_INFINITY);
@@ -186,19 +190,16 @@ static FAL_NOINLINE void forward_tile(const ForwardTile& t, const ForwardScratch
   }
 
   // Depth trimmed per row group to the keys that its rows see.
-  const auto keys_of_rows = [&](int begin, int end) {
-    const Range seen = intersect(
-        t.band.keys_of_any({t.rows.begin + begin, t.rows.begin + min_int(end, rows)}), keys);
-    return seen.empty() ? Range{0, 0} : Range{seen.begin - keys.begin, seen.end - keys.begin};
-  };
   const int ld = round_up(shape.head_dim_v, kPanel),
             vectors = (shape.head_dim_v + kLanes - 1) / kLanes;
   if (v_finite || tile.kind == TileKind::kFull) {
     accumulate<true>(s.out, ld, rows, vectors, p, 1, kScoreStride, s.v, kTileKeys, first, s.alpha,
-                     [&](int r) { return keys_of_rows(r, r + kRows); });
+                     [&](int r) { return view.keys_of_rows(r, r + kRows); });
   } else {
-    accumulate_exactly(s.out, ld, rows, vectors, p, 1, kScoreStride, s.v, kTileKeys, first, s.alpha,
-                       [&](int r) { return keys_of_rows(r, r + 1); });
+    accumulate_exactly(
+        s.out, ld, rows, vectors, p, 1, kScoreStride, s.v, kTileKeys, first, s.alpha,
+        [&](int r) { return view.keys_of_rows(r, r + 1); },
+        [&](int r, int k) { return view.shows(r, k); });
   }
 }
 
@@ -326,9 +327,12 @@ static void forward_item(const void* arg, int64_t item, char* memory) {
   ScratchCursor cursor{memory};
   const typename Product::Scratch scratch = Product::Scratch::place(&cursor, p, plan.tile_rows);
   const ScoreOptions& score = p.score;
+  HeadMask mask{};
+  if (p.block_mask.given()) mask = HeadMask::make(p.block_mask, b, h, band);
   const ForwardTile tile{
       &p,
       band,
+      p.block_mask.given() ? &mask : nullptr,
       rows,
       b,
       h,
@@ -336,7 +340,7 @@ static void forward_item(const void* arg, int64_t item, char* memory) {
       {GeneralScoreMod::make(score, b, h, band.shift()), score.scale, scratch.bias},
       {score.dropout_seed, score.dropout_threshold}};
   Product::template rows<T, Kv>(tile, scratch, seq,
-                                DenseTilesOfRows::make(band, rows, Product::kTileKeys));
+                                TilesOfRows::make(band, tile.mask, rows, plan.tile_keys));
 }
 
 // Rows of a tile: as even as possible, so that 256 rows become two tiles of 128 and not 192 + 64.
@@ -347,10 +351,16 @@ FAL_INLINE int even_tile_rows(int64_t longest, int most) {
   return round_up(rows > 1 ? static_cast<int>(rows) : 1, kUnit);
 }
 
+// The same where a block mask has edges to fall on.
+FAL_INLINE int sparse_tile_rows(int64_t longest, int most, int block) {
+  constexpr int kUnit = kPanel > 16 ? kPanel : 16;
+  return min_int(tile_of_blocks(most, block, kUnit), even_tile_rows(longest, most));
+}
+
 template <class T, class Product>
 static void forward_with(const ForwardProblem& problem, const ThreadPool& pool) {
   decode<T, Product::kReadsQuantised>(problem, pool);
-  ForwardPlan plan{problem, 0, 0, 0, 0.0};
+  ForwardPlan plan{problem, 0, Product::kTileKeys, 0, 0, 0.0};
   const Shape& shape = problem.shape;
   int64_t longest = 0;
   for (int b = 0; b < shape.batch; ++b) {
@@ -361,7 +371,13 @@ static void forward_with(const ForwardProblem& problem, const ThreadPool& pool) 
     plan.flops += 2.0 * shape.heads_q * (shape.head_dim + shape.head_dim_v) * allocated *
                   (seq.seqlen_k + 1.0);
   }
-  plan.tile_rows = even_tile_rows(longest, Product::max_tile_rows(shape, longest, pool.threads));
+  const int most = Product::max_tile_rows(shape, longest, pool.threads);
+  plan.tile_rows = problem.block_mask.given()
+                       ? sparse_tile_rows(longest, most, problem.block_mask.block_q)
+                       : even_tile_rows(longest, most);
+  if (problem.block_mask.given()) {
+    plan.tile_keys = tile_of_blocks(Product::kTileKeys, problem.block_mask.block_k, 16);
+  }
   plan.row_blocks = (longest + plan.tile_rows - 1) / plan.tile_rows;
   plan.items = static_cast<int64_t>(shape.batch) * shape.heads_q * plan.row_blocks + 1;
   auto* item = problem.kv.pages.block_table ? &forward_item<Product, T, PagedKv<T>>

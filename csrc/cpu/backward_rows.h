@@ -10,7 +10,9 @@ namespace fal::cpu::FAL_CPU_ISA {
 
 struct BackwardPlan {
   BackwardProblem problem;
-  int tile_rows, block_keys;
+  int tile_rows;
+  int tile_keys, block_keys;  // of a tile, of the whole tiles of an item
+  int scratch_keys;           // room of a block: its tiles' sizes rounded up to what products need
   int64_t row_blocks, key_blocks;  // per (batch entry, head)
   double flops;
   // Shared by all threads.
@@ -25,6 +27,11 @@ struct BackwardPlan {
   }
   FAL_INLINE int64_t key_items() const {
     return static_cast<int64_t>(shape().batch) * shape().heads_k * key_blocks;
+  }
+  // Where row j of a key block is in scratch memory: each tile begins at a multiple of what it
+  // holds at most.
+  FAL_INLINE int scratch_offset(int j) const {
+    return j / tile_keys * (scratch_keys / (block_keys / tile_keys)) + j % tile_keys;
   }
   FAL_INLINE int64_t row_item(int b, int h, int64_t block) const {
     return (static_cast<int64_t>(b) * shape().heads_q + h) * row_blocks + block;
@@ -51,9 +58,18 @@ struct BackwardPlan {
       plan.flops += 5.0 * f.shape.heads_q * (f.shape.head_dim + f.shape.head_dim_v) * allocated *
                     (seq.seqlen_k + 1.0);
     }
-    plan.tile_rows = even_tile_rows(longest_q, Product::max_tile_rows(f.shape));
+    const int most = Product::max_tile_rows(f.shape);
+    plan.tile_rows = even_tile_rows(longest_q, most);
+    plan.scratch_keys = Product::block_keys(f.shape, longest_k);
+    plan.tile_keys = min_int(Product::kTileKeys, plan.scratch_keys);
+    plan.block_keys = plan.scratch_keys;
+    if (f.block_mask.given()) {
+      const int tiles = plan.block_keys / plan.tile_keys;
+      plan.tile_rows = sparse_tile_rows(longest_q, most, f.block_mask.block_q);
+      plan.tile_keys = tile_of_blocks(plan.tile_keys, f.block_mask.block_k, 16);
+      plan.block_keys = tiles * plan.tile_keys;
+    }
     plan.row_blocks = (longest_q + plan.tile_rows - 1) / plan.tile_rows;
-    plan.block_keys = Product::block_keys(f.shape, longest_k);
     plan.key_blocks = (longest_k + plan.block_keys - 1) / plan.block_keys;
     return plan;
   }
@@ -151,7 +167,10 @@ static void backward_row_item(const void* arg, int64_t item, char*) {
 
   if (p.dbias.data) clear_dbias(p.dbias, b, h, clipped(f.lengths.seqlen_q), f.lengths.seqlen_k);
   // Rows that no key block will write.
-  const bool sees_keys = !rows.empty() && !band.keys_of_any(rows).empty();
+  bool sees_keys = !rows.empty() && !band.keys_of_any(rows).empty();
+  if (sees_keys && f.block_mask.given()) {
+    sees_keys = HeadMask::make(f.block_mask, b, h, band).next_key(band, rows, 0) != HeadMask::kNone;
+  }
   for (int32_t i = sees_keys ? rows.end : begin; i < allocated.end; ++i) {
     zero_row(dq.at(b, seq.row_q + i, h), shape.head_dim);
   }

@@ -25,7 +25,7 @@ constexpr int kDecodeParts = 64;  // of one sequence, at most
 
 // By the tokens in use, so that padding a sequence does not change its bits.
 FAL_INLINE bool decodes(const ForwardProblem& p, int64_t seqlen_q) {
-  if (p.score.dropout_threshold || p.shape.heads_k == 0) return false;
+  if (p.score.dropout_threshold || p.block_mask.given() || p.shape.heads_k == 0) return false;
   const int group = p.shape.heads_q / p.shape.heads_k;
   return seqlen_q >= 1 && seqlen_q <= kDecodeTokens && seqlen_q * group <= kDecodeRows;
 }

@@ -95,13 +95,10 @@ bool select_isa(const char* name) {
   return kernels != nullptr;
 }
 
-const char* supports_forward(const ForwardProblem& problem) {
-  if (problem.block_mask.given()) return "the CPU engine does not take a block_mask yet";
-  return supports_shape(problem);
-}
+const char* supports_forward(const ForwardProblem& problem) { return supports_shape(problem); }
 
 const char* supports_backward(const BackwardProblem& problem) {
-  if (const char* reason = supports_forward(problem.forward)) return reason;
+  if (const char* reason = supports_shape(problem.forward)) return reason;
   if (problem.forward.kv.dtype != problem.forward.shape.dtype) {
     return "the CPU engine has no backward for quantised K/V";
   }

@@ -10,8 +10,9 @@ namespace fal::cpu::FAL_CPU_ISA {
 struct BackwardTile {
   const BackwardPlan* plan;
   Band band;
-  Range rows;   // the query tile
-  Range block;  // the key block
+  const HeadMask* mask;  // null without a block mask
+  Range rows;            // the query tile
+  Range block;           // the key block
   int batch, head;
   bool general;
   PanelScoreMod mod;

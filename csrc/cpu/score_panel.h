@@ -49,9 +49,20 @@ FAL_INLINE void fill_panel(PanelRange range, Word* p) {
   zero(max_int(range.end, range.fill_begin), range.fill_end);
 }
 
-// Lane-wise visibility: key r of the tile is visible to a lane iff begin <= r < end.
+// The same for words along query rows, from the panel's first one: [key][words of lanes].
+template <class Word>
+FAL_INLINE void fill_rows(PanelRange range, Word* p) {
+  for (int r = range.fill_begin; r < range.fill_end; ++r) {
+    if (r >= range.begin && r < range.end) continue;
+    memset(p + r * kScoreStride, 0, sizeof(Word) * kPanel / kPerWord<Word>);
+  }
+}
+
+// Lane-wise visibility: key r of the tile is visible to a lane iff begin <= r < end and, where a
+// block mask hides something, its bit is set.
 struct PanelMask {
   Int begin[kVectors], end[kVectors];
+  const int32_t* words = nullptr;  // [key / 32][lane], bit key % 32; null = the band alone
 
   FAL_INLINE static PanelMask make(const Band& band, int first_row, Range keys) {
     PanelMask mask;
@@ -65,7 +76,10 @@ struct PanelMask {
   }
   FAL_INLINE Mask visible(int v, int r) const {
     const Int key = set1(r);
-    return less_equal(begin[v], key) & less(key, end[v]);
+    const Mask within = less_equal(begin[v], key) & less(key, end[v]);
+    if (!words) return within;
+    const Int bit = (load(words + r / 32 * kPanel + v * kLanes) >> (r % 32)) & 1;
+    return within & less(set1(0), bit);
   }
 };
 

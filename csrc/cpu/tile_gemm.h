@@ -123,12 +123,13 @@ FAL_INLINE void accumulate(float* c_tile, int64_t ld, int rows, int vectors, con
 }
 
 // The same for operands that hold a NaN or an infinity at a masked place: one row at a time over
-// exactly the visible range, because 0 * NaN in a group's trimmed range would be NaN.
-template <class Word, class DepthOf>
+// exactly what is visible, shows(row, k) within depth_of_row(row), because 0 * NaN in a group's
+// trimmed range would be NaN.
+template <class Word, class DepthOf, class Shows>
 FAL_NOINLINE void accumulate_exactly(float* c_tile, int64_t ld, int rows, int vectors,
                                      const Word* a, int64_t a_row, int64_t a_depth, const Word* b,
                                      int b_rows, bool clear_c, const float* scale,
-                                     DepthOf&& depth_of_row) {
+                                     DepthOf&& depth_of_row, Shows&& shows) {
   for (int v = 0; v < vectors; ++v) {
     const int dim = v * kLanes;
     const Word* panel =
@@ -138,6 +139,7 @@ FAL_NOINLINE void accumulate_exactly(float* c_tile, int64_t ld, int rows, int ve
       Float c = clear_c ? set1(0.f) : load(c_row) * set1(scale ? scale[r] : 1.f);
       const Range range = depth_of_row(r);
       for (int k = range.begin; k < range.end; ++k) {
+        if (!shows(r, k)) continue;
         const int word = k / kPerWord<Word>, part = k % kPerWord<Word>;
         c = fma(element(broadcast(a + r * a_row + word * a_depth), part),
                 element(load(panel + word * kPanel), part), c);
