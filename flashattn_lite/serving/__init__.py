@@ -8,7 +8,8 @@ engine.generate(["def add(a, b):"], SamplingParams(max_tokens=16, temperature=0)
 Design, guarantees and limits: docs/serving.md. Needs ``pip install 'flashattn-lite[serve]'``.
 """
 
-from flashattn_lite.serving.engine import Engine, EngineConfig
+from flashattn_lite.serving.engine import Engine
+from flashattn_lite.serving.engine_config import EngineConfig
 from flashattn_lite.serving.loading import load_model
 from flashattn_lite.serving.request import (
     Completion,

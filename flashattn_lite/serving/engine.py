@@ -7,13 +7,15 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import IO, Literal
+from dataclasses import replace
+from typing import IO
 
 import torch
 from torch import Tensor
 
+from flashattn_lite.serving.decode_graph import DecodeGraphs
 from flashattn_lite.serving.detokenizer import Detokenizer, StopStrings
+from flashattn_lite.serving.engine_config import EngineConfig
 from flashattn_lite.serving.kv_transfer import Handover, KVTransfer
 from flashattn_lite.serving.model import Model
 from flashattn_lite.serving.pool import PagePool
@@ -29,62 +31,13 @@ from flashattn_lite.serving.request import (
 )
 from flashattn_lite.serving.runner import Runner
 from flashattn_lite.serving.sampler import Sampler
-from flashattn_lite.serving.scheduler import BLOCK, Scheduler, Step
+from flashattn_lite.serving.scheduler import Scheduler, Step
 from flashattn_lite.serving.tokenizer import Tokenizer
 from flashattn_lite.serving.trace import TraceWriter
 
 __all__ = ["Engine", "EngineConfig"]
 
-Role = Literal["prefill", "decode", "mixed"]
-
 _DEFAULT_REQUEST = 1024  # tokens of a request that the default pool has room for
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Sizes of the engine. Every request's prompt and output must fit num_pages * page_size.
-
-    Args:
-        num_pages: pages in the pool; default: room for max_running requests of 1024 tokens, or of
-            the model's context if that is shorter.
-        page_size: tokens of a page.
-        max_step_tokens: tokens of a step, decodes and prefill chunks together; at least
-            max_running, so that every running request gets a token in every step.
-        max_running: requests in the batch at once; the others wait.
-        prefix_cache: keep full pages of finished requests and share them by content.
-        role: "mixed"; "prefill" hands each request over after its first token; "decode" takes such
-            requests.
-        max_context: tokens of a request, prompt and output; default: the model's.
-        max_waiting: requests that may wait; None is unbounded.
-        reproducible: a request's tokens are the same bits of the same computation whatever the
-            batch, the cache and preemption do; on the CPU. What it costs: docs/serving.md.
-    """
-
-    num_pages: int | None = None
-    page_size: int = 16
-    max_step_tokens: int = 512
-    max_running: int = 64
-    prefix_cache: bool = True
-    role: Role = "mixed"
-    max_context: int | None = None
-    max_waiting: int | None = None
-    reproducible: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("num_pages", "page_size", "max_running", "max_context"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"EngineConfig: {name} is {value}; it must be >= 1")
-        least = self.max_running + (BLOCK if self.reproducible else 0)
-        if self.max_step_tokens < least:
-            raise ValueError(
-                f"EngineConfig: max_step_tokens is {self.max_step_tokens}; it must be >= {least}, "
-                "so that every running request gets a token in every step"
-            )
-        if self.role not in ("mixed", "prefill", "decode"):
-            raise ValueError(
-                f"EngineConfig: role is {self.role!r}; it must be mixed, prefill or decode"
-            )
 
 
 class _Stream:
@@ -146,7 +99,14 @@ class Engine:
             reproducible=config.reproducible,
             clock=clock,
         )
-        self.runner = Runner(model, self.pool, reproducible=config.reproducible, transfer=transfer)
+        max_pages = -(-self.max_tokens // config.page_size)
+        self.runner = Runner(
+            model,
+            self.pool,
+            reproducible=config.reproducible,
+            transfer=transfer,
+            graphs=DecodeGraphs(model, self.pool, max_pages) if config.cuda_graphs else None,
+        )
         self.sampler = Sampler()
         self.transfer = transfer
         self.trace = None if trace is None else TraceWriter(trace, config)

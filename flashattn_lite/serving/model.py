@@ -60,6 +60,11 @@ class Batch:
     attend: Rows
     sample: Tensor
 
+    @property
+    def decodes(self) -> bool:
+        """Whether every request has one token, whose logits are wanted."""
+        return self.sample.shape[0] == self.token_ids.shape[0]
+
 
 @dataclass
 class Layer:

@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from flashattn_lite.serving.decode_graph import DecodeGraphs
 from flashattn_lite.serving.kv_transfer import KVTransfer
 from flashattn_lite.serving.model import Batch, Model, Rows
 from flashattn_lite.serving.pool import PagePool
@@ -86,6 +87,7 @@ class Runner:
         pool: its pages.
         reproducible: as in ``build_batch``.
         transfer: told of each layer, when keys and values move between engines.
+        graphs: run steps of decode tokens alone, on CUDA.
     """
 
     def __init__(
@@ -95,14 +97,17 @@ class Runner:
         *,
         reproducible: bool = False,
         transfer: KVTransfer | None = None,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model, self.pool = model, pool
-        self.reproducible, self.transfer = reproducible, transfer
+        self.reproducible, self.transfer, self.graphs = reproducible, transfer, graphs
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor:
         """Logits, float32 (samples, vocab_size), of the chunks that sample, in their order."""
         batch = build_batch(chunks, self.pool, reproducible=self.reproducible)
         transfer, pool = self.transfer, self.pool
+        if self.graphs is not None and transfer is None and batch.decodes:
+            return self.graphs.forward(batch)
         if transfer is None:
             return self.model.forward(batch, pool)
         return self.model.forward(

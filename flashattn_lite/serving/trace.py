@@ -15,7 +15,8 @@ from typing import IO, TYPE_CHECKING, Any
 from flashattn_lite.serving.request import Request, RequestOutput, SamplingParams
 
 if TYPE_CHECKING:
-    from flashattn_lite.serving.engine import Engine, EngineConfig
+    from flashattn_lite.serving.engine import Engine
+    from flashattn_lite.serving.engine_config import EngineConfig
     from flashattn_lite.serving.scheduler import Step
 
 __all__ = ["TraceError", "TraceWriter", "replay"]
