@@ -18,7 +18,7 @@ from flashattn_lite.serving.request import Request, TokenLogprob
 __all__ = ["Sampler", "philox", "uniform"]
 
 _MASK = 0xFFFFFFFF
-_CANDIDATES = 256  # sorted first for top_p; the whole vocabulary only when these do not reach it
+_CANDIDATES = 256  # sorted first for top_p and min_p; 16 times as many while these do not do
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -97,8 +97,8 @@ class Sampler:
                     logits[row, seen] -= p.presence_penalty + p.frequency_penalty * times
 
     def _draw(self, logits: Tensor, requests: Sequence[Request]) -> list[int]:
-        """The inverse of the cumulative distribution at a uniform number, row by row where tokens
-        are cut off, all rows at once where none are."""
+        """The inverse of the cumulative distribution at a uniform number: row by row where tokens
+        are cut off, all other rows at once."""
         device = logits.device
         temperature = torch.tensor([[r.params.temperature] for r in requests], device=device)
         numbers = torch.tensor(
@@ -106,37 +106,46 @@ class Sampler:
         )
         # The peak is subtracted first: a temperature near 0 must not overflow.
         scaled = (logits - logits.max(-1, keepdim=True).values) / temperature
-        probs = torch.softmax(scaled, -1, dtype=torch.float64)
-        tokens = self._inverse(probs, numbers).tolist()
+        probs = torch.softmax(scaled, -1)
+        tokens, whole = [0] * len(requests), []
         for row, request in enumerate(requests):
             p = request.params
             if p.top_k > 0 or p.top_p < 1 or p.min_p > 0:
-                kept, ids = self._cut(probs[row], p.top_k, p.top_p, p.min_p)
+                kept, ids = self._cut(scaled[row], probs[row], p.top_k, p.top_p, p.min_p)
                 tokens[row] = int(ids[self._inverse(kept[None], numbers[row][None])])
+            else:
+                whole.append(row)
+        if whole:
+            found = self._inverse(probs[whole], numbers[whole]).tolist()
+            for row, token in zip(whole, found, strict=True):
+                tokens[row] = token
         return tokens
 
     @staticmethod
     def _inverse(probs: Tensor, numbers: Tensor) -> Tensor:
         """The first index whose cumulative sum exceeds number * total: (rows, n) -> (rows)."""
-        total = probs.cumsum(-1)
+        total = probs.cumsum(-1, dtype=torch.float64)
         index = torch.searchsorted(total, numbers * total[:, -1:], right=True).squeeze(-1)
         return index.clamp_max(probs.shape[-1] - 1)
 
     @staticmethod
-    def _cut(probs: Tensor, top_k: int, top_p: float, min_p: float) -> tuple[Tensor, Tensor]:
+    def _cut(
+        scaled: Tensor, probs: Tensor, top_k: int, top_p: float, min_p: float
+    ) -> tuple[Tensor, Tensor]:
         """The kept tokens' probabilities, greatest first, and their ids: top_k, then top_p of what
         top_k left, then min_p, as transformers orders them."""
-        vocabulary = probs.shape[0]
-        count = min(top_k, vocabulary) if top_k > 0 else min(_CANDIDATES, vocabulary)
-        values, ids = probs.topk(count)
-        if top_k <= 0 and count < vocabulary:
-            enough = top_p < 1 and bool(values.sum() >= top_p)
-            if not enough and not (top_p == 1 and bool(values[-1] < min_p * values[0])):
-                values, ids = probs.sort(descending=True)
+        count = min(top_k if top_k > 0 else _CANDIDATES, probs.shape[0])
+        while True:
+            ids = scaled.topk(count).indices
+            values = probs[ids].double()
+            if top_k > 0 or count == probs.shape[0]:
+                break
+            if values.sum() >= top_p if top_p < 1 else values[-1] < min_p * values[0]:
+                break
+            count = min(16 * count, probs.shape[0])
         if top_p < 1:
             before = values.cumsum(0) - values
-            total = values.sum() if top_k > 0 else 1.0
-            keep = before < top_p * total
+            keep = before < top_p * (values.sum() if top_k > 0 else 1.0)
             values, ids = values[keep], ids[keep]
         if min_p > 0:
             keep = values >= min_p * values[0]
