@@ -336,6 +336,12 @@ def test_offsets_beyond_32_bits() -> None:
     check(run(q, k, v, **options), testing.Inputs(q, k, v, options))
 
 
+def test_no_query_heads() -> None:
+    """Nothing to compute, and nothing touched."""
+    q, k = torch.zeros(2, 1, 0, 64).half(), torch.zeros(2, 20, 2, 64).half()
+    assert run(q, k, k).out.shape == (2, 1, 0, 64)
+
+
 def test_splits_fill_the_device() -> None:
     """A block for every part when sequences are few, one for many parts when they are many."""
     splits = cuda_problem.engines().decode_splits

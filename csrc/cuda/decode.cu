@@ -85,7 +85,8 @@ int64_t decode_forward_workspace_bytes(const ForwardProblem& problem) {
 cudaError_t decode_forward(const ForwardProblem& problem, void* workspace, cudaStream_t stream) {
   const Shape& shape = problem.shape;
   cudaError_t error = fill_unused_query_rows(problem, stream);
-  if (error != cudaSuccess || problem.lengths.seqlen_q == 0) return error;
+  const bool nothing = problem.lengths.seqlen_q == 0 || shape.heads_q == 0;
+  if (error != cudaSuccess || nothing) return error;
   const int64_t kv_batch = problem.kv.pages.block_table ? 2 : shape.batch;  // pages, not sequences
   const int64_t bytes = quantised(problem) ? 1 : 2;
   DecodeArgs args{};
