@@ -32,6 +32,7 @@ __all__ = [
     "bigbird",
     "butterfly",
     "causal",
+    "chunked",
     "dilated_window",
     "documents",
     "fixed",
@@ -89,6 +90,19 @@ def dilated_window(
         )
     distance = torch.arange(min(seqlen, (window - 1) * dilation + 1))
     return offsets(seqlen, distance % dilation == 0, block_size=block_size)
+
+
+def chunked(seqlen: int, chunk: int, *, block_size: BlockSize = 128) -> BlockMask:
+    """The tokens of the row's own chunk, up to itself: attention that starts anew every ``chunk``.
+
+    Source: Llama 4's local layers (2025); ``attention_chunk_size`` in transformers.
+
+    >>> chunked(64, 10, block_size=16).to_dense()[0, 0, 23].nonzero().flatten().tolist()
+    [20, 21, 22, 23]
+    """
+    if chunk < 1:
+        raise ArgumentError(f"chunked: chunk is {chunk}; it must be >= 1")
+    return documents(torch.arange(seqlen) // chunk, block_size=block_size)
 
 
 def streaming(seqlen: int, sinks: int, window: int, *, block_size: BlockSize = 128) -> BlockMask:

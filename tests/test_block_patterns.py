@@ -50,6 +50,10 @@ PATTERNS: dict[str, tuple[Callable[..., BlockMask], Callable[..., Tensor]]] = {
         lambda n: patterns.dilated_window(S, 9, 5, block_size=n),
         lambda n: CAUSAL & (I - J <= 40) & ((I - J) % 5 == 0),
     ),
+    "chunked": (
+        lambda n: patterns.chunked(S, 44, block_size=n),
+        lambda n: CAUSAL & (I // 44 == J // 44),
+    ),
     "streaming": (
         lambda n: patterns.streaming(S, 5, 30, block_size=n),
         lambda n: CAUSAL & ((J < 5) | (I - J < 30)),
