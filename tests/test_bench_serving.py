@@ -8,12 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+from fake_engine import FakeEngine
+from serve_http import serving
 
 from flashattn_lite.bench.progress import Progress
-from flashattn_lite.bench.serving import contenders, drive, measures, plots, workload
+from flashattn_lite.bench.serving import (
+    contenders,
+    drive,
+    drive_http,
+    measures,
+    plots,
+    workload,
+)
 from flashattn_lite.bench.serving.workload import Ask, Scale
 from flashattn_lite.cli import main
-from flashattn_lite.serving import RequestError, RequestOutput, SamplingParams
+from flashattn_lite.serving import RequestError, RequestOutput, SamplingParams, load_tokenizer
+from flashattn_lite.serving.command import EMBEDDED
+from flashattn_lite.serving.server import create_app
 
 TRACE = Path(__file__).parent / "data/azure_code_excerpt.csv"
 
@@ -201,6 +212,7 @@ def _threads_as_before() -> Any:
         (["--shared", "1"], "'1' is not a share in [0, 1)"),
         (["--every", "x"], "'x' is not a whole number above 0"),
         (["race"], "invalid choice: 'race'"),
+        (["prefix", "--url", "http://127.0.0.1:1"], "--url goes with load, not with prefix"),
     ],
 )
 def test_wrong_usage_says_why(
@@ -231,6 +243,41 @@ def test_a_trace_is_replayed_on_the_embedded_model(
     assert data["summary"]["attainment"] == 1.0
     assert data["summary"]["output_tokens"] == data["stats"]["generated_tokens"] > 0
     assert data["stats"]["pages"] == data["stats"]["free_pages"]
+
+
+def test_a_server_is_loaded_over_http(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer(EMBEDDED)
+    engine: Any = FakeEngine(tokenizer, step_s=0.001)
+    app = create_app(engine, tokenizer, model="fake", context=1024)
+    path = tmp_path / "r.json"
+    words = ["bench", "serving", "--url", "", "--requests", "20", "--rate", "100", "--output", "8"]
+    with serving(app) as url:
+        words[3] = f"{url}/v1"
+        assert main([*words, "--ttft", "60000", "--tpot", "60000", "--json", str(path)]) == 0
+    data = json.loads(path.read_text())
+    assert data["summary"]["requests"] == 20 and data["summary"]["attainment"] == 1.0
+    asks = workload.poisson(20, 100.0, 64, 8, 0)
+    assert data["summary"]["output_tokens"] == sum(ask.output for ask in asks)
+    assert data["summary"]["prompt_tokens"] == sum(ask.prompt for ask in asks)
+    assert engine.entries == {} and "over HTTP" in capsys.readouterr().out
+
+
+def test_errors_over_http_are_failures() -> None:
+    tokenizer = load_tokenizer(EMBEDDED)
+    engine: Any = FakeEngine(tokenizer, context=50, spoil=7)
+    app = create_app(engine, tokenizer, model="fake", context=50)
+    asks = [Ask(0.0, 60, 2), Ask(0.0, 3, 2), Ask(0.01, 3, 4)]
+    prompts = [[1] * 60, [1, 7, 1], [1, 2, 3]]
+    with serving(app) as url:
+        assert drive_http.served_model(url) == ("fake", 50)
+        served = drive_http.play_http(url, "fake", asks, prompts)
+    assert [s.failure for s in served] == ["prompt has 60 tokens", "a spoilt token", None]
+    assert served[2].output == 4 and len(served[2].times_s) == 4
+
+
+def test_no_server_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "serving", "--url", "http://127.0.0.1:9"]) == 2
+    assert "--url http://127.0.0.1:9: /v1/models: ConnectError" in capsys.readouterr().err
 
 
 def test_compare_runs_all_contenders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import signal
 import socket
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -142,6 +143,9 @@ def run(app: FastAPI, *, host: str, port: int, drain_s: float) -> None:
         access_log=False,
         timeout_graceful_shutdown=math.ceil(drain_s) + 10,  # for clients that do not read
     )
+    # Each of a step's operators gives up the GIL and waits for it while the event loop has it, up
+    # to this long (5 ms by default, which is longer than a small model's whole step).
+    sys.setswitchinterval(5e-5)
     # uvicorn raises the signal again when it is done; that it came is no failure.
     signal.signal(signal.SIGTERM, lambda number, frame: None)
     Server(config).run()

@@ -18,7 +18,14 @@ import torch
 
 from flashattn_lite.bench import machine, tables
 from flashattn_lite.bench.progress import Progress
-from flashattn_lite.bench.serving import contenders, drive, measures, plots, workload
+from flashattn_lite.bench.serving import (
+    contenders,
+    drive,
+    drive_http,
+    measures,
+    plots,
+    workload,
+)
 from flashattn_lite.serving.command import EMBEDDED, MODEL_PACKAGES, missing_package
 
 KIND = "flashattn_lite-bench-serving"
@@ -55,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
     add("--rate", type=_positive, default=4.0, metavar="R", help="load: arrivals a second")
     add("--shared", type=_share, default=0.0, metavar="F", help="load: share of a prompt that is "
         "the same in all")  # fmt: skip
+    add("--url", metavar="URL", help="load: a running server of this or any other make, with the "
+        "OpenAI API's routes, instead of an engine in this process")  # fmt: skip
     add("--seed", type=int, default=0)
     add("--rounds", type=_count, default=5, metavar="N", help="compare, prefix: timed rounds")
     trace = top.add_argument_group("trace")
@@ -78,8 +87,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs it; returns the exit status."""
-    known = parser().parse_args(arguments)
-    missing = missing_package(MODEL_PACKAGES)
+    options = parser()
+    known = options.parse_args(arguments)
+    if known.url is not None and known.what != "load":
+        options.error(f"--url goes with load, not with {known.what}")
+    missing = missing_package(MODEL_PACKAGES if known.url is None else ("httpx",))
     if missing is None and (known.what == "compare" or known.model == "random-100m"):
         try:
             import transformers  # noqa: F401
@@ -97,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
             found = {"load": _load, "compare": _compare, "prefix": _prefix}[known.what](
                 known, folder
             )
-    except (OSError, ValueError, NotImplementedError) as error:
+    except (OSError, ValueError) as error:
         print(f"flashattn-lite bench serving: {error}", file=sys.stderr)
         return 2
     if known.json is not None:
@@ -154,55 +166,89 @@ def _engine(known: argparse.Namespace, model: Any, **options: Any) -> Any:
 
 
 def _load(known: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    if known.url is not None:
+        return _load_server(known, folder)
     from flashattn_lite.serving import load_model
 
     model = load_model(folder, dtype=_dtype(known))
-    context = model.config.max_context
-    scale = workload.Scale(known.every, known.token_scale, known.speed, context)
-    if known.trace is not None:
-        recorded = workload.read_trace(known.trace)
-        asks = scale.of(recorded)[: known.requests]
-        source = (
-            f"{known.trace.name}, 1 of {known.every} requests, tokens x {known.token_scale:g}, "
-        )
-        source += f"{known.speed:g} times as fast"
-    else:
-        count = known.requests or 64
-        asks = workload.poisson(count, known.rate, known.prompt, known.output, known.seed)
-        asks = workload.Scale(longest=context).of(asks)
-        source = f"Poisson arrivals, {known.rate:g} a second"
+    asks, source = _workload(known, model.config.max_context)
     prompts = workload.token_ids(
         asks, model.config.vocab_size, shared=known.shared, seed=known.seed
     )
     engine = _engine(known, model)
     with Progress(len(asks), "load") as progress:
-        done = 0
-
-        def report(ended: int, open_: int) -> None:
-            nonlocal done
-            if ended > done or ended == 0:
-                progress.step(f"{ended} of {len(asks)} answered, {open_} open", ended - done)
-                done = ended
-
-        served = drive.play(engine, asks, prompts, report=report)
-    limits = measures.Limits(known.ttft / 1e3, known.tpot / 1e3)
-    summary = measures.summarise(served, limits)
+        served = drive.play(engine, asks, prompts, report=_Report(progress, len(asks)))
+    found = _judge(known, served, source)
     stats = engine.stats()
-    print(f"\n{source}\n")
-    _show(summary, stats)
     leaked = stats["pages"] - stats["free_pages"]
+    print(
+        f"  {stats['steps']} steps, {stats['preemptions']} preemptions, "
+        f"{stats['cached_prompt_tokens']} prompt tokens from the prefix cache"
+    )
     if leaked:
         print(f"\nLEAK: {leaked} pages are not free afterwards")
-    if known.plot is not None and plots.draw(served, known.plot, source):
-        print(f"plot: {known.plot}")
     return {
-        **{"source": source, "summary": summary.as_json(), "stats": stats},
+        **found,
+        **{"stats": stats, "failed": found["failed"] or bool(leaked)},
         "settings": {**asdict(engine.config), "dtype": known.dtype, "shared": known.shared},
-        "failed": bool(summary.failures) or bool(leaked),
     }
 
 
-def _show(summary: measures.Summary, stats: dict[str, Any]) -> None:
+def _load_server(known: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Over HTTP; the model's folder says only which token ids there are."""
+    url = known.url.rstrip("/").removesuffix("/v1")
+    name, context = drive_http.served_model(url)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    asks, source = _workload(known, context or config["max_position_embeddings"])
+    prompts = workload.token_ids(asks, config["vocab_size"], shared=known.shared, seed=known.seed)
+    with Progress(len(asks), "load") as progress:
+        report = _Report(progress, len(asks))
+        served = drive_http.play_http(url, name, asks, prompts, report=report)
+    return {**_judge(known, served, f"{source}, over HTTP"), "settings": {"shared": known.shared}}
+
+
+class _Report:
+    """Moves the progress bar when something has been answered."""
+
+    def __init__(self, progress: Progress, count: int) -> None:
+        self.progress, self.count, self.done = progress, count, 0
+
+    def __call__(self, ended: int, open_: int) -> None:
+        if ended > self.done or ended == 0:
+            text = f"{ended} of {self.count} answered, {open_} open"
+            self.progress.step(text, ended - self.done)
+            self.done = ended
+
+
+def _workload(known: argparse.Namespace, context: int) -> tuple[list[workload.Ask], str]:
+    """The requests, and in words where they come from."""
+    if known.trace is None:
+        count = known.requests or 64
+        asks = workload.poisson(count, known.rate, known.prompt, known.output, known.seed)
+        asks = workload.Scale(longest=context).of(asks)
+        return asks, f"Poisson arrivals, {known.rate:g} a second"
+    scale = workload.Scale(known.every, known.token_scale, known.speed, context)
+    asks = scale.of(workload.read_trace(known.trace))[: known.requests]
+    return asks, (
+        f"{known.trace.name}, 1 of {known.every} requests, tokens x {known.token_scale:g}, "
+        f"{known.speed:g} times as fast"
+    )
+
+
+def _judge(known: argparse.Namespace, served: list[measures.Served], source: str) -> dict[str, Any]:
+    """Prints and draws the measures."""
+    limits = measures.Limits(known.ttft / 1e3, known.tpot / 1e3)
+    summary = measures.summarise(served, limits)
+    print(f"\n{source}\n")
+    _show(summary)
+    if known.plot is not None and plots.draw(served, known.plot, source):
+        print(f"  plot: {known.plot}")
+    return {
+        **{"source": source, "summary": summary.as_json(), "failed": bool(summary.failures)},
+    }
+
+
+def _show(summary: measures.Summary) -> None:
     rows = [
         [name, *(f"{values[f'p{p}'] * 1e3:.1f} ms" for p in measures.PERCENTILES)]
         for name, values in (
@@ -220,9 +266,7 @@ def _show(summary: measures.Summary, stats: dict[str, Any]) -> None:
         f"{summary.requests_per_s:.2f} requests/s, {summary.output_tokens_per_s:.0f} tokens/s out, "
         f"{summary.prompt_tokens / summary.duration_s:.0f} in\n"
         f"  goodput {summary.goodput_per_s:.2f} requests/s: {summary.attainment:.1%} kept TTFT <= "
-        f"{limits.ttft_s * 1e3:g} ms and TPOT <= {limits.tpot_s * 1e3:g} ms\n"
-        f"  {stats['steps']} steps, {stats['preemptions']} preemptions, "
-        f"{stats['cached_prompt_tokens']} prompt tokens from the prefix cache"
+        f"{limits.ttft_s * 1e3:g} ms and TPOT <= {limits.tpot_s * 1e3:g} ms"
     )
     for reason, count in summary.failures.items():
         print(f"  {tables.paint(f'{count} failed', tables.RED)}: {reason}")
