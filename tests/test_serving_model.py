@@ -128,3 +128,31 @@ def test_shards_load(tmp_path: Path) -> None:
         expected = theirs(torch.tensor([[1, 2, 3]])).logits[0, -1:]
     found = logits_in_chunks(load_model(tmp_path), [1, 2, 3], [3])
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reproducible_batches_give_the_same_bits(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """However a prompt is cut, and whether its last tokens are a prompt's or were generated."""
+    save(tmp_path, name)
+    model = load_model(tmp_path, dtype=dtype)
+    tokens = torch.randint(0, 256, (75,), generator=torch.Generator().manual_seed(1)).tolist()
+
+    def last(sizes: list[int]) -> torch.Tensor:
+        pool = model.new_pool(PagePool, 32, 5)
+        sequence = pool.create()
+        pool.extend([sequence], [len(tokens)])
+        start = 0
+        for size in sizes:
+            request = Request("r", tokens[: start + size], 70, SamplingParams())
+            request.sequence = sequence
+            batch = build_batch([Chunk(request, start, size)], pool, reproducible=True)
+            logits = model.forward(batch, pool)
+            start += size
+        return logits
+
+    expected = last([70, 1, 1, 1, 1, 1])
+    for sizes in ([75], [16, 59], [48, 16, 11], [64, 1, 10], [32, 32, 6, 5]):
+        assert torch.equal(last(sizes), expected), sizes
