@@ -302,6 +302,11 @@ def test_half_a_character_at_the_end_is_given_out() -> None:
 
 
 def test_the_tokenizer_is_the_folders(folder: Path) -> None:
+    raw = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    raw["truncation"] = {
+        "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0,
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(raw), "utf-8")
     tokenizer = load_tokenizer(folder)
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.special_id("eos_token") == 258
@@ -309,6 +314,9 @@ def test_the_tokenizer_is_the_folders(folder: Path) -> None:
     assert tokenizer.apply_chat_template(messages) == "<user>hi\n"
     tokenizer.chat_template, tokenizer._compiled = "{{ raise_exception('no roles') }}", None
     with pytest.raises(RequestError, match="do not fit the chat template: no roles"):
+        tokenizer.apply_chat_template(messages)
+    tokenizer.chat_template, tokenizer._compiled = "{% unknown %}", None
+    with pytest.raises(RequestError, match="do not fit the chat template: Encountered unknown tag"):
         tokenizer.apply_chat_template(messages)
     with pytest.raises(FileNotFoundError, match=r"there is no .*tokenizer\.json"):
         load_tokenizer(folder / "none")
@@ -487,6 +495,8 @@ def test_a_prefill_engine_hands_over_to_a_decode_engine(model: Any) -> None:
     transfer.close()
     assert [results[name].token_ids for name in names] == expected
     assert prefill.stats()["cached_prompt_tokens"] > 0
+    found = {name: result.cached_tokens for name, result in results.items()}
+    assert sum(found.values()) == prefill.stats()["cached_prompt_tokens"]
     assert decode.stats()["preemptions"] > 0  # what was received is computed again, and equal
     assert decode.stats()["generated_tokens"] == sum(map(len, expected)) - sum(
         len(t) == 1 for t in expected

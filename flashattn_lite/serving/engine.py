@@ -184,9 +184,9 @@ class Engine:
         """Counters and gauges by name.
 
         Gauges: waiting, running, pages, free_pages, cached_pages (free, but with contents that may
-        be found again), lent_pages' sequences (lent). Counters: steps, prompt_tokens,
-        prefilled_tokens (computed, again after a preemption), cached_prompt_tokens (found),
-        generated_tokens, preemptions, finished, aborted, errors.
+        be found again), lent (requests whose pages another engine still reads). Counters: steps,
+        prompt_tokens, prefilled_tokens (computed, again after a preemption), cached_prompt_tokens
+        (found), generated_tokens, preemptions, finished, aborted, errors.
         """
         return {
             "waiting": self._waiting(),

@@ -174,7 +174,9 @@ class Scheduler:
             request.computed = cached if request.handover is None else total - 1
             request.published = cached // self.pool.page_size
             if request.admitted is None:
-                request.admitted, request.cached_tokens = self.clock(), cached
+                request.admitted = self.clock()
+                if request.handover is None:  # else its sender has said how many
+                    request.cached_tokens = cached
             self.waiting.remove(request)
             self.running.append(request)
             budget -= self._prefill(request, budget, step)

@@ -72,11 +72,11 @@ class Tokenizer:
         if self.chat_template is None:
             raise RequestError("this model has no chat template; use a completion", "messages")
         jinja2 = require("jinja2")
-        if self._compiled is None:
-            self._compiled = _environment(jinja2).from_string(self.chat_template)
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         special = {name: self._special(name) or "" for name in names}
         try:
+            if self._compiled is None:
+                self._compiled = _environment(jinja2).from_string(self.chat_template)
             return str(
                 self._compiled.render(
                     messages=list(messages),
@@ -136,6 +136,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             "(transformers: tokenizer.save_pretrained) to get it"
         )
     backend = require("tokenizers").Tokenizer.from_file(str(path))
+    backend.no_truncation()  # settings that the tokenizer's training left behind
+    backend.no_padding()
     config_path, template_path = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     config = json.loads(config_path.read_text("utf-8")) if config_path.is_file() else {}
     template = config.get("chat_template")
