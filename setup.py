@@ -33,6 +33,8 @@ CXX_FLAGS = (
 X86, ARM = ("x86_64", "amd64"), ("aarch64", "arm64")
 AVX2_FLAGS = "-mavx2 -mfma -mf16c"
 AVX512_FLAGS = AVX2_FLAGS + " -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
+# Of those, what older compilers lack: their files are left out, and the library says so.
+OPTIONAL_ISAS = {"_amx": "FAL_WITHOUT_AMX", "_avx512_bf16": "FAL_WITHOUT_AVX512_BF16"}
 ISA_FLAGS = {
     "_avx2": (X86, AVX2_FLAGS),
     "_avx512": (X86, AVX512_FLAGS),
@@ -95,6 +97,20 @@ def gencode(architectures: list[str]) -> str:
     return " ".join(flags)
 
 
+def omitted_isas() -> list[str]:
+    """The keys of OPTIONAL_ISAS whose flags the compiler does not take (g++ < 10 or < 11)."""
+    if platform.machine().lower() not in X86:
+        return []
+    omitted = []
+    for suffix in OPTIONAL_ISAS:
+        flags = ISA_FLAGS[suffix][1]
+        command = [*shlex.split(CXX), *flags.split(), "-x", "c++", "-c", os.devnull]
+        if subprocess.run([*command, "-o", os.devnull], capture_output=True).returncode:
+            print(f"{CXX} does not take {flags.split()[-1]}: building without {suffix[1:]}")
+            omitted.append(suffix)
+    return omitted
+
+
 class NinjaFile:
     """build.ninja of the library: which files, with which flags.
 
@@ -106,6 +122,7 @@ class NinjaFile:
         self.build = Path(os.path.relpath(build, ROOT))
         self.library = os.path.relpath(library, ROOT)
         self.nvcc = nvcc
+        self.omitted = omitted_isas()
         self.lines = [
             f"builddir = {self.build}",
             "rule cxx",
@@ -166,9 +183,13 @@ class NinjaFile:
             )
             if machines and platform.machine().lower() not in machines:
                 continue
-            objects.append(
-                self.object("cxx", source, isa_flags + (" -DFAL_WITH_CUDA" if self.nvcc else ""))
-            )
+            if source.stem.endswith(tuple(self.omitted)):
+                continue
+            defines = ["FAL_WITH_CUDA"] if self.nvcc else []
+            if source.stem == "engine":
+                defines += [OPTIONAL_ISAS[suffix] for suffix in self.omitted]
+            flags = " ".join([isa_flags, *(f"-D{define}" for define in defines)])
+            objects.append(self.object("cxx", source, flags))
         return objects
 
     def cuda_objects(self) -> list[str]:

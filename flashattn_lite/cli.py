@@ -65,6 +65,11 @@ def _info(known: argparse.Namespace) -> int:
         return 0
     print("\n".join(machine.headline(facts)))
     build = facts["library"]["build"]
+    if build["cpu"]["omitted"]:
+        print(
+            f"         without {', '.join(build['cpu']['omitted'])}: the compiler that built it "
+            "does not know them; a newer one (g++ 11) makes bfloat16 faster where the CPU has them"
+        )
     cuda = build["cuda"]
     architectures = cuda["architectures"] if cuda else "none (built without nvcc)"
     print(

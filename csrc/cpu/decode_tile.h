@@ -58,8 +58,6 @@ FAL_INLINE void prefetch_row(const E* row, int dims) {
   }
 }
 
-FAL_INLINE Float permute(Float x, Int lanes) { return __builtin_shuffle(x, lanes); }
-
 // The key of each lane, relative to its vector's first; and the query row.
 template <int M>
 FAL_INLINE Int lane_key() {

@@ -4,10 +4,26 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "isa.h"
 
 namespace fal::cpu {
 namespace {
+
+#if defined(__x86_64__)
+// What __builtin_cpu_supports has no name for in every compiler.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1);
+}
+[[maybe_unused]] bool has_avx512_bf16() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+}
+#endif
 
 constexpr int kMaxHeadDim = 256;
 constexpr int kMaxIsas = 5;
@@ -26,12 +42,15 @@ struct Available {
   Available() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+#ifndef FAL_WITHOUT_AMX
       if (request_amx()) add(kernels_amx);
-      if (__builtin_cpu_supports("avx512bf16")) add(kernels_avx512_bf16);
+#endif
+#ifndef FAL_WITHOUT_AVX512_BF16
+      if (has_avx512_bf16()) add(kernels_avx512_bf16);
+#endif
       add(kernels_avx512);
     }
     if (avx2) add(kernels_avx2);
@@ -86,6 +105,18 @@ const char* supports_shape(const ForwardProblem& p) {
 }  // namespace
 
 const char* const* available_isas() { return available().names; }
+
+const char* const* omitted_isas() {
+  static const char* const names[] = {
+#ifdef FAL_WITHOUT_AMX
+      "amx",
+#endif
+#ifdef FAL_WITHOUT_AVX512_BF16
+      "avx512_bf16",
+#endif
+      nullptr};
+  return names;
+}
 
 const char* active_isa() { return active()->name; }
 

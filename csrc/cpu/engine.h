@@ -17,6 +17,8 @@ struct ThreadPool {
 // Instruction sets this file set was compiled for and this processor can run, best first, e.g.
 // {"avx512", "avx2", "baseline"}; null-terminated.
 const char* const* available_isas();
+// Those that the compiler of this build could not compile; null-terminated.
+const char* const* omitted_isas();
 const char* active_isa();
 bool select_isa(const char* name);  // false when it is not available; for tests and comparisons
 

@@ -11,8 +11,10 @@
 
 #include "isa.h"
 #if defined(__x86_64__)
+#if !defined(__clang__)
 // GCC's own AVX-512 headers pass an undefined vector where a mask leaves nothing of it.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -305,12 +307,36 @@ FAL_INLINE Float tanh(Float x) {
   return select(less(magnitude, set1(0.625f)), small, signed_large);
 }
 
+// x[lanes[i]] in lane i.
+FAL_INLINE Float permute(Float x, Int lanes) {
+#if defined(__AVX512F__)
+  return _mm512_permutexvar_ps((__m512i)lanes, x);
+#elif defined(__AVX2__)
+  return _mm256_permutevar8x32_ps(x, (__m256i)lanes);
+#elif defined(__clang__)
+  Float y;
+  for (int i = 0; i < kLanes; ++i) y[i] = x[lanes[i]];
+  return y;
+#else
+  return __builtin_shuffle(x, lanes);
+#endif
+}
+
+// Lanes of a and, from kLanes on, of b.
+template <int... kLane>
+FAL_INLINE Float shuffle(Float a, Float b) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, kLane...);
+#else
+  return __builtin_shuffle(a, b, Int{kLane...});
+#endif
+}
+
 // Exchanges the off-diagonal blocks of kBlock lanes between two rows.
 template <int kBlock, int... kLane>
 FAL_INLINE void exchange_blocks(Float& a, Float& b, std::integer_sequence<int, kLane...>) {
-  const Float upper =
-      __builtin_shufflevector(a, b, (kLane & kBlock ? kLane - kBlock + kLanes : kLane)...);
-  b = __builtin_shufflevector(a, b, (kLane & kBlock ? kLane + kLanes : kLane + kBlock)...);
+  const Float upper = shuffle<(kLane & kBlock ? kLane - kBlock + kLanes : kLane)...>(a, b);
+  b = shuffle<(kLane & kBlock ? kLane + kLanes : kLane + kBlock)...>(a, b);
   a = upper;
 }
 

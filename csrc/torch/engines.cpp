@@ -179,12 +179,19 @@ void run_append(const char* op, const Tensor& anchor, const AppendProblem& probl
 
 int64_t fma_peak(int64_t flops) { return cpu::fma_peak(flops, torch_threads()); }
 
-std::string build_info() {
-  std::string text = "{\"cpu\": {\"isas\": [";
-  for (const char* const* isa = cpu::available_isas(); *isa; ++isa) {
-    text += std::string(isa == cpu::available_isas() ? "\"" : ", \"") + *isa + "\"";
+// ["a", "b"] of null-terminated names.
+std::string json_list(const char* const* names) {
+  std::string text = "[";
+  for (const char* const* name = names; *name; ++name) {
+    text += std::string(name == names ? "\"" : ", \"") + *name + "\"";
   }
-  text += std::string("], \"active\": \"") + cpu::active_isa() + "\"}, \"cuda\": ";
+  return text + "]";
+}
+
+std::string build_info() {
+  std::string text = "{\"cpu\": {\"isas\": " + json_list(cpu::available_isas());
+  text += ", \"omitted\": " + json_list(cpu::omitted_isas());
+  text += std::string(", \"active\": \"") + cpu::active_isa() + "\"}, \"cuda\": ";
 #ifdef FAL_WITH_CUDA
   text += std::string("{\"architectures\": \"") + cuda::compiled_architectures() + "\"}";
 #else
