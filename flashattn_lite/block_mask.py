@@ -344,26 +344,33 @@ class BlockMask:
         40
         """
         g = self._grid
-        rows, keys = g.blocks_q * g.block_q, g.blocks_k * g.block_k
-        dense = torch.zeros((g.tables, g.blocks_q, g.blocks_k, g.block_q, g.block_k)).bool()
-        flat = dense.reshape(-1, g.block_q, g.block_k)
-        for s in g.chunks(len(self._blocks)):
-            flat[self._blocks[s]] = block_elements.elements(
-                g, self._rules, self._blocks[s], self._rule[s]
-            )
-        dense = dense.transpose(2, 3).reshape(g.batch, g.heads, rows, keys)
-        dense = dense[:, :, : g.seqlen_q, : g.seqlen_k]
-        if seqlen_q is None and seqlen_k is None:
-            return dense
         wanted_q = g.seqlen_q if seqlen_q is None else seqlen_q
         wanted_k = g.seqlen_k if seqlen_k is None else seqlen_k
         offset = (wanted_k - wanted_q) - g.shift
-        placed = torch.zeros((g.batch, g.heads, wanted_q, wanted_k), dtype=torch.bool)
+        dense = torch.zeros((g.batch, g.heads, wanted_q, wanted_k), dtype=torch.bool)
+        # Rows [begin, end) of the call are rows of the mask, and so are its first `keys` keys.
         begin, end = max(0, -offset), min(wanted_q, g.seqlen_q - offset)
-        if begin < end:
-            n = min(wanted_k, g.seqlen_k)
-            placed[:, :, begin:end, :n] = dense[:, :, begin + offset : end + offset, :n]
-        return placed
+        keys = min(wanted_k, g.seqlen_k)
+        if begin >= end or keys == 0:
+            return dense
+        first, last = (begin + offset) // g.block_q, (end + offset - 1) // g.block_q + 1
+        columns = -(-keys // g.block_k)
+        table, r, c = g.split(self._blocks)
+        needed = ((r >= first) & (r < last) & (c < columns)).nonzero().squeeze(1)
+        place = ((table * (last - first) + r - first) * columns + c)[needed]
+        tiles = torch.zeros(
+            (g.tables, last - first, columns, g.block_q, g.block_k), dtype=torch.bool
+        )
+        flat = tiles.reshape(-1, g.block_q, g.block_k)
+        for s in g.chunks(len(needed)):
+            index = needed[s]
+            flat[place[s]] = block_elements.elements(
+                g, self._rules, self._blocks[index], self._rule[index]
+            )
+        rows = tiles.transpose(2, 3).reshape(g.batch, g.heads, -1, columns * g.block_k)
+        start = begin + offset - first * g.block_q
+        dense[:, :, begin:end, :keys] = rows[:, :, start : start + end - begin, :keys]
+        return dense
 
     def block_density(self) -> float:
         """The share of blocks that are listed: what the kernels compute."""

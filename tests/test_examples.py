@@ -45,6 +45,11 @@ def test_paged_decode_agrees_with_contiguous() -> None:
     assert run("paged_decode", "--steps", "9", "--page-size", "5") == 0  # bit for bit
 
 
+def test_block_sparse_agrees_with_exact_rows() -> None:
+    # Sums over up to 1024 keys, and of 32 products, in any order.
+    assert run("block_sparse", "--seqlen", "1024", "--head-dim", "32") < (1024 + 32) * EPS
+
+
 def test_llama_gives_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers", minversion="5.23")
     assert run("llama", "--prompt", "40", "--tokens", "6")
