@@ -227,7 +227,7 @@ def test_an_error_costs_its_row_only() -> None:
 
 def test_absent_competitors_are_named_with_the_reason() -> None:
     there, absent = runner.choose("cpu")
-    assert there == ["standard", "sdpa", "sdpa_causal", "sdpa_loop"]
+    assert there == ["standard", "sdpa", "sdpa_causal", "sdpa_dense", "sdpa_loop"]
     assert absent["sdpa_cudnn"] == "it runs on CUDA only"
     assert runner.choose("cpu", ["sdpa_math"]) == (["sdpa_math"], {})
     with pytest.raises(ValueError, match="--competitors has torch"):

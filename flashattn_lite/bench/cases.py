@@ -10,6 +10,8 @@ import torch
 # Short names of the command line and the tables, in the order in which tables show them.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+BLOCK = 128  # rows and keys of a block mask's blocks
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -26,6 +28,7 @@ class Case:
     window: int | None = None  # keys before the diagonal that a row sees, with causal
     lengths: tuple[int, ...] = ()
     score: str = ""  # "bias" or "alibi": what is added to the scores
+    block_density: float | None = None  # share of 128 x 128 blocks that a block mask lists
     backward: bool = False
     threads: int = 1  # CPU only
     device: str = "cpu"
@@ -37,6 +40,10 @@ class Case:
             raise ValueError(f"Case: the longest of lengths must be seqlen, {self.seqlen}")
         if self.window is not None and not self.causal:
             raise ValueError("Case: a window is measured with causal=True")
+        if self.block_density is not None and (self.causal or self.lengths or self.seqlen % BLOCK):
+            raise ValueError(
+                f"Case: a block mask is measured alone, at lengths that are multiples of {BLOCK}"
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -50,8 +57,15 @@ class Case:
         """The length of every sequence."""
         return self.lengths or (self.seqlen,) * self.batch
 
+    def listed_blocks(self) -> int:
+        """Blocks in each block row of the case's block mask."""
+        assert self.block_density is not None
+        return max(1, round(self.block_density * (self.seqlen // BLOCK)))
+
     def visible(self) -> int:
         """Pairs (query row, key) that attend, over all sequences, per head."""
+        if self.block_density is not None:
+            return self.batch * self.seqlen * self.listed_blocks() * BLOCK
         return sum(visible_pairs(n, self.causal, self.window) for n in self.sequences())
 
     def flops(self) -> int:
@@ -59,6 +73,8 @@ class Case:
         return (14 if self.backward else 4) * self.visible() * self.heads * self.head_dim
 
     def mask_name(self) -> str:
+        if self.block_density is not None:
+            return f"{100 * self.block_density:g} % of the blocks"
         if self.window is not None:
             return f"window {self.window}"
         return "causal" if self.causal else "dense"

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from flashattn_lite.bench.cases import Case
+from flashattn_lite.bench.cases import BLOCK, Case
+from flashattn_lite.block_mask import BlockMask
 
 OURS = "flashattn_lite"
 Tensors = tuple[Tensor, ...]
@@ -56,6 +57,16 @@ class Inputs:
         """int32 (batch + 1)."""
         lengths = torch.tensor([0, *self.case.sequences()])
         return lengths.cumsum(0).to(torch.int32).to(self.case.device)
+
+    @cached_property
+    def block_mask(self) -> BlockMask | None:
+        """As many blocks in each block row, drawn at random."""
+        if self.case.block_density is None:
+            return None
+        n, generator = self.case.seqlen // BLOCK, torch.Generator().manual_seed(0)
+        order = torch.rand(n, n, generator=generator).argsort(-1).argsort(-1)
+        listed = order < self.case.listed_blocks()
+        return BlockMask.from_blocks(listed, self.case.seqlen, self.case.seqlen, block_size=BLOCK)
 
     @cached_property
     def position(self) -> tuple[Tensor, Tensor]:
@@ -120,8 +131,9 @@ def ours(case: Case, inputs: Inputs, backend: str = "auto") -> Entry:
     from flashattn_lite import attention, flash_attn_func, flash_attn_varlen_func
 
     window = (-1, -1) if case.window is None else (case.window, 0)
-    if backend != "auto" or inputs.bias is not None:
+    if backend != "auto" or inputs.bias is not None or inputs.block_mask is not None:
         options: dict[str, Any] = {"causal": case.causal, "backend": backend}
+        options["block_mask"] = inputs.block_mask
         if case.window is not None:
             options["window"] = window
         if case.lengths:
@@ -186,6 +198,8 @@ def _sdpa_mask(case: Case, inputs: Inputs) -> Tensor | None:
     """The attn_mask that a case needs; None where is_causal says it all. Causal padding at the end
     needs none: no real row sees it."""
     n, device = case.seqlen, case.device
+    if inputs.block_mask is not None:
+        return inputs.block_mask.to_dense().to(device)
     if case.lengths and not case.causal:
         lengths = torch.tensor(case.lengths, device=device)[:, None, None, None]
         return (torch.arange(n, device=device) < lengths).expand(-1, 1, n, n)
@@ -228,6 +242,15 @@ def sdpa_causal(case: Case, inputs: Inputs) -> Entry:
     return bind(case, inputs, plain, "heads_first", same=False)
 
 
+def sdpa_dense(case: Case, inputs: Inputs) -> Entry:
+    """What somebody does who computes every block: another result."""
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v)
+
+    return bind(case, inputs, plain, "heads_first", same=False)
+
+
 def sdpa_loop(case: Case, inputs: Inputs) -> Entry:
     """One call per sequence: the other way to do a ragged batch with PyTorch."""
     sizes = list(case.lengths)
@@ -250,7 +273,9 @@ def flex(case: Case, inputs: Inputs) -> Entry:
     torch._dynamo.reset()  # it falls back to eager after eight recompilations
     compiled = torch.compile(flex_attention, dynamic=False)
     block_mask = None
-    if case.causal:
+    if inputs.block_mask is not None:
+        block_mask = inputs.block_mask.to_flex(case.device)
+    elif case.causal:
         window = case.seqlen if case.window is None else case.window
 
         def keep(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -338,7 +363,8 @@ def _package(package: str) -> Callable[[str], str | None]:
 
 
 def _only_dense(case: Case) -> str | None:
-    plain = not (case.lengths or case.score or case.window is not None or case.heads_k)
+    masked = case.window is not None or case.block_density is not None
+    plain = not (case.lengths or case.score or masked or case.heads_k)
     return None if plain else "measured on dense and causal shapes only"
 
 
@@ -364,6 +390,11 @@ COMPETITORS: dict[str, Competitor] = {
         _here,
         lambda c: None if c.window is not None else "measured beside windows only",
     ),
+    "sdpa_dense": Competitor(
+        sdpa_dense,
+        _here,
+        lambda c: None if c.block_density is not None else "measured beside block masks only",
+    ),
     "sdpa_loop": Competitor(
         sdpa_loop, _here, lambda c: None if c.lengths else "measured on ragged batches only"
     ),
@@ -377,7 +408,13 @@ COMPETITORS: dict[str, Competitor] = {
     "flash_attn": Competitor(
         flash_attn,
         _package("flash_attn"),
-        lambda c: "it has no bias" if c.score == "bias" else None,
+        lambda c: (
+            "it has no bias"
+            if c.score == "bias"
+            else None
+            if c.block_density is None
+            else "it has no block mask"
+        ),
     ),
     "xformers": Competitor(xformers, _package("xformers"), _only_dense),
 }

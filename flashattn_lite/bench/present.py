@@ -18,6 +18,7 @@ TITLES = {
     "overhead": "Small calls",
     "memory": "Peak memory of a call beyond its inputs",
     "scaling": "From one thread to several",
+    "sparse": "Block masks: time over the share of blocks that are listed",
     "papers": "The papers' figures: forward and backward against standard attention",
 }
 SHAPE = "batch x heads x length x head dim"

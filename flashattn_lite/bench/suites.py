@@ -9,7 +9,7 @@ from typing import Any
 
 from flashattn_lite.bench.cases import DTYPES, Case
 
-SUITES = ("forward", "training", "masks", "overhead", "memory", "scaling", "papers")
+SUITES = ("forward", "training", "masks", "overhead", "memory", "scaling", "papers", "sparse")
 SIZES = ("quick", "default", "full")
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -237,6 +237,24 @@ def _papers(plan: Plan) -> list[Case]:
     ]
 
 
+def _sparse(plan: Plan) -> list[Case]:
+    """Block masks: time over the share of blocks that are listed."""
+    densities = (0.125, 0.25, 1.0) if plan.size == "quick" else (0.0625, 0.125, 0.25, 0.5, 1.0)
+    dtypes = plan.dtypes[:1] if plan.size == "quick" else plan.dtypes[:2]
+    return [
+        plan.case(
+            "sparse",
+            **{"dtype": dtype, "block_density": density, "backward": backward},
+            **{"seqlen": 4096, "heads": 1, "head_dim": 128, "threads": plan.threads[0]},
+        )
+        for dtype in dtypes
+        for backward in (False, True)
+        for density in densities
+        # PyTorch's 16-bit backward takes many times as long as its float32 one.
+        if dtype == "fp32" or not backward
+    ]
+
+
 # ---- CUDA ---------------------------------------------------------------------------------------
 
 CUDA_TOKENS, CUDA_WIDTH = 16384, 2048  # the papers' setting: batch x length, heads x head dim
@@ -306,6 +324,20 @@ def _cuda_memory(plan: Plan) -> list[Case]:
     ]
 
 
+def _cuda_sparse(plan: Plan) -> list[Case]:
+    return [
+        plan.case(
+            "sparse",
+            **{"dtype": d, "block_density": density, "backward": backward},
+            **{"seqlen": 8192, "heads": 16, "head_dim": 128},
+        )
+        for d in plan.dtypes
+        if d != "fp32"
+        for backward in (False, True)
+        for density in (0.125, 0.25, 1.0)
+    ]
+
+
 _CPU: dict[str, Callable[[Plan], list[Case]]] = {
     "forward": _forward,
     "training": _training,
@@ -314,6 +346,7 @@ _CPU: dict[str, Callable[[Plan], list[Case]]] = {
     "memory": _memory,
     "scaling": _scaling,
     "papers": _papers,
+    "sparse": _sparse,
 }
 _CUDA: dict[str, Callable[[Plan], list[Case]]] = {
     "forward": lambda plan: _cuda_dense("forward", plan, backward=False),
@@ -323,6 +356,7 @@ _CUDA: dict[str, Callable[[Plan], list[Case]]] = {
     "memory": _cuda_memory,
     "scaling": lambda plan: [],  # threads are the CPU's
     "papers": lambda plan: _cuda_dense("papers", plan, backward=True),
+    "sparse": _cuda_sparse,
 }
 
 
@@ -349,6 +383,12 @@ def _groups() -> list[Group]:
         Group("masks", "window 128 at 4096, against a mask", 25.0, lambda c: c.window == 128),
         Group("masks", "20 ragged sequences, against padding", 1.5, lambda c: bool(c.lengths)),
         Group("masks", "bias, ALiBi, grouped heads", 1.0, lambda c: bool(c.score or c.heads_k)),
+        Group(
+            "sparse",
+            "12.5 % of the blocks, against a boolean mask",
+            10.0,
+            lambda c: c.block_density == 0.125 and not c.backward,
+        ),
         Group("overhead", "small calls, forward", 0.8, lambda c: not c.backward),
         Group("overhead", "small calls, forward + backward", None, lambda c: c.backward),
         Group("scaling", "1 -> 2 threads", 1.85, lambda c: c.threads == 2),
