@@ -183,3 +183,23 @@ def test_module_xpos_decays_with_distance_only() -> None:
 def test_errors(call: Any, text: str) -> None:
     with pytest.raises(ArgumentError, match=text):
         call(torch.randn(2, 5, 2, 16))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_in_place_on_a_leaf_that_is_trained(compiled: bool) -> None:
+    """torch's own in-place operations refuse it; flash_attn's tests do it throughout."""
+    for function, shape in (
+        (apply_rotary_emb_qkv_, (2, 4, 3, 2, 16)),
+        (apply_rotary_emb_kv_, (2, 4, 2, 2, 16)),
+        (lambda x, c, s: apply_rotary_emb(x, c, s, inplace=True), (2, 4, 2, 16)),
+    ):
+        leaf = torch.randn(shape, requires_grad=True)
+        copy = leaf.detach().clone().requires_grad_()
+        expected = function(copy.clone(), COS, SIN)
+        if compiled:
+            function = torch.compile(function, backend="eager", fullgraph=True)
+        out = function(leaf, COS, SIN)
+        assert torch.equal(out, expected) and torch.equal(leaf, expected)
+        g = torch.randn_like(out)
+        (dleaf,) = torch.autograd.grad(out, leaf, g)
+        assert torch.equal(dleaf, torch.autograd.grad(expected, copy, g)[0])

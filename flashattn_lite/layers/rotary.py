@@ -12,15 +12,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from flashattn_lite import _argument_types
 from flashattn_lite._ops import ArgumentError
 
 __all__ = [
     "RotaryEmbedding",
     "apply_rotary_emb",
+    "apply_rotary_emb_func",
     "apply_rotary_emb_kv_",
     "apply_rotary_emb_qkv_",
     "apply_rotary_emb_torch",
 ]
+
+_INTEGERS = (torch.int32, torch.int64)
 
 Offsets: TypeAlias = int | Tensor  # tokens before the first: one for all, or (batch) integers
 
@@ -55,9 +59,18 @@ def apply_rotary_emb_torch(
 
 
 def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    _argument_types.dense(name, x=x, cos=cos, sin=sin)
+    for argument, t in (("x", x), ("cos", cos), ("sin", sin)):
+        if not t.dtype.is_floating_point:
+            raise ArgumentError(f"{name}: {argument} is {t.dtype}; it must be floating-point")
     if cos.shape != sin.shape:
         raise ArgumentError(
             f"{name}: cos has shape {tuple(cos.shape)} but sin has {tuple(sin.shape)}"
+        )
+    if cos.dim() not in (2, 3) or x.dim() < 3:
+        raise ArgumentError(
+            f"{name}: x has shape {tuple(x.shape)} and cos {tuple(cos.shape)}; they must be (..., "
+            "heads, head_dim) and (rows, rotary_dim / 2)"
         )
     if 2 * cos.shape[-1] > x.shape[-1]:
         raise ArgumentError(
@@ -70,8 +83,6 @@ def _positions(
     name: str, x: Tensor, offsets: Offsets, cu_seqlens: Tensor | None, limit: int
 ) -> Tensor:
     """The position of each token of x: (seqlen), (batch, seqlen), or (total) when varlen."""
-    if isinstance(offsets, Tensor) and offsets.is_floating_point():
-        raise ArgumentError(f"{name}: seqlen_offsets is {offsets.dtype}; it must be integer")
     if cu_seqlens is None:
         token = torch.arange(x.shape[1], device=x.device)
         if not isinstance(offsets, Tensor):
@@ -82,6 +93,18 @@ def _positions(
                 f"({x.shape[0]},)"
             )
         return _within(name, token + offsets.to(x.device).unsqueeze(1), limit)
+    if cu_seqlens.dtype not in _INTEGERS or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
+        raise ArgumentError(
+            f"{name}: cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it must "
+            "be int32, (batch + 1,)"
+        )
+    if isinstance(offsets, Tensor) and offsets.shape[0] != cu_seqlens.shape[0] - 1:
+        raise ArgumentError(
+            f"{name}: seqlen_offsets has shape {tuple(offsets.shape)}; it must be "
+            f"({cu_seqlens.shape[0] - 1},)"
+        )
+    if cu_seqlens.shape[0] == 1:  # no sequences: nothing of x belongs to any
+        return torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     token = torch.arange(x.shape[0], device=x.device)
     begin = cu_seqlens.to(torch.int64)
     sequence = torch.searchsorted(begin[1:].contiguous(), token, right=True)
@@ -128,7 +151,8 @@ def apply_rotary_emb(
         cu_seqlens: int32 (batch + 1), offsets of the sequences in x.
         max_seqlen: not needed here; taken because flash_attn does.
 
-    Returns: like x (x itself when inplace).
+    Returns: like x; x itself when inplace. (If that is a leaf that requires a gradient, it receives
+        the values, and what is returned is another tensor, which has the gradient.)
 
     Raises:
         ArgumentError: (a ValueError) for an argument that cannot be used.
@@ -138,12 +162,44 @@ def apply_rotary_emb(
     >>> apply_rotary_emb(x, angle.cos(), angle.sin()).round().flatten().tolist()
     [1.0, 1.0, -1.0, 1.0]
     """
-    name = "apply_rotary_emb"
+    return _apply(
+        *("apply_rotary_emb", x, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens)
+    )
+
+
+# For code written for flash_attn 2.0.
+apply_rotary_emb_func = apply_rotary_emb
+
+
+def _apply(
+    name: str,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    inplace: bool,
+    seqlen_offsets: Offsets,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     _check(name, x, cos, sin)
+    interleaved = _argument_types.flag(name, "interleaved", interleaved)
+    inplace = _argument_types.flag(name, "inplace", inplace)
+    if cu_seqlens is not None:
+        _argument_types.dense(name, x=x, cu_seqlens=cu_seqlens)
+    if isinstance(seqlen_offsets, Tensor) and seqlen_offsets.dim() == 1:
+        _argument_types.dense(name, x=x, seqlen_offsets=seqlen_offsets)
+        if seqlen_offsets.dtype not in _INTEGERS:
+            raise ArgumentError(f"{name}: seqlen_offsets is {seqlen_offsets.dtype}; use int32")
+    else:
+        seqlen_offsets = _argument_types.index(name, "seqlen_offsets", seqlen_offsets)
     expected = 4 if cu_seqlens is None else 3
     if x.dim() != expected:
         form = "(batch, seqlen, heads, head_dim)" if expected == 4 else "(total, heads, head_dim)"
         raise ArgumentError(f"{name}: x has shape {tuple(x.shape)}; it must be {form}")
+    if cos.dim() != 2:
+        raise ArgumentError(
+            f"{name}: cos has shape {tuple(cos.shape)}; it must be (rows, rotary_dim / 2)"
+        )
     if isinstance(seqlen_offsets, int) and seqlen_offsets == 0 and cu_seqlens is None:
         if x.shape[1] > cos.shape[0]:
             raise ArgumentError(f"{name}: x has {x.shape[1]} rows but cos has {cos.shape[0]}")
@@ -151,7 +207,20 @@ def apply_rotary_emb(
     else:
         position = _positions(name, x, seqlen_offsets, cu_seqlens, cos.shape[0])
         rotated = _rotate(x, cos[position], sin[position], interleaved)
-    return x.copy_(rotated) if inplace else rotated
+    if not inplace:
+        return rotated
+    return _written_to_leaf(rotated, x) if _is_trained_leaf(x) else x.copy_(rotated)
+
+
+def _is_trained_leaf(x: Tensor) -> bool:
+    """torch's in-place operations refuse such a tensor; flash_attn writes to it all the same."""
+    return x.requires_grad and x.is_leaf and torch.is_grad_enabled()
+
+
+def _written_to_leaf(rotated: Tensor, leaf: Tensor) -> Tensor:
+    with torch.no_grad():
+        leaf.copy_(rotated)
+    return rotated
 
 
 def apply_rotary_emb_qkv_(
@@ -184,6 +253,16 @@ def apply_rotary_emb_qkv_(
     [-1.0, 1.0, -1.0, 1.0, 1.0, 1.0]
     """
     name = "apply_rotary_emb_qkv_"
+    _argument_types.dense(
+        name,
+        **{"qkv": qkv, "cos": cos, "sin": sin},
+        **_argument_types.given(cos_k=cos_k, sin_k=sin_k),
+    )
+    if _is_trained_leaf(qkv):
+        options = (cos, sin, cos_k, sin_k, interleaved, seqlen_offsets, num_heads_q)
+        return _written_to_leaf(apply_rotary_emb_qkv_(qkv.clone(), *options), qkv)
+    if num_heads_q is not None:
+        num_heads_q = _argument_types.index(name, "num_heads_q", num_heads_q)
     cos_k, sin_k = cos if cos_k is None else cos_k, sin if sin_k is None else sin_k
     if qkv.dim() == 5:
         if qkv.shape[2] != 3:
@@ -193,15 +272,20 @@ def apply_rotary_emb_qkv_(
             )
         q, k = qkv[:, :, 0], qkv[:, :, 1]
     else:
-        if qkv.dim() != 4 or num_heads_q is None or (qkv.shape[2] - num_heads_q) % 2:
+        if (
+            qkv.dim() != 4
+            or num_heads_q is None
+            or not 0 <= num_heads_q <= qkv.shape[2]
+            or (qkv.shape[2] - num_heads_q) % 2
+        ):
             raise ArgumentError(
                 f"{name}: qkv has shape {tuple(qkv.shape)} with num_heads_q {num_heads_q}; it must "
                 "be (batch, seqlen, num_heads_q + 2 * heads_k, head_dim), or 5-D"
             )
         heads_k = (qkv.shape[2] - num_heads_q) // 2
         q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + heads_k]
-    apply_rotary_emb(q, cos, sin, interleaved, True, seqlen_offsets)
-    apply_rotary_emb(k, cos_k, sin_k, interleaved, True, seqlen_offsets)
+    _apply(name, q, cos, sin, interleaved, True, seqlen_offsets)
+    _apply(name, k, cos_k, sin_k, interleaved, True, seqlen_offsets)
     return qkv
 
 
@@ -218,12 +302,17 @@ def apply_rotary_emb_kv_(
     >>> apply_rotary_emb_kv_(kv, torch.zeros(1, 1), torch.ones(1, 1)).flatten().tolist()
     [-1.0, 1.0, 1.0, 1.0]
     """
+    _argument_types.dense("apply_rotary_emb_kv_", kv=kv, cos=cos, sin=sin)
+    if _is_trained_leaf(kv):
+        return _written_to_leaf(
+            apply_rotary_emb_kv_(kv.clone(), cos, sin, interleaved, seqlen_offsets), kv
+        )
     if kv.dim() != 5 or kv.shape[2] != 2:
         raise ArgumentError(
             f"apply_rotary_emb_kv_: kv has shape {tuple(kv.shape)}; it must be (batch, seqlen, 2, "
             "heads_k, head_dim)"
         )
-    apply_rotary_emb(kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets)
+    _apply("apply_rotary_emb_kv_", kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets)
     return kv
 
 
