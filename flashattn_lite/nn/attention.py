@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Parameter, RMSNorm
 
+from flashattn_lite import _argument_types
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.attention import attention
 from flashattn_lite.kv_cache import append_kv_cache
@@ -115,8 +116,18 @@ class Attention(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        sizes = {"dim": dim, "heads": heads, "heads_kv": heads_kv, "head_dim": head_dim}
+        for name, size in (sizes | {"dim_context": dim_context}).items():
+            if size is not None and _argument_types.index(_NAME, name, size) < 1:
+                raise ArgumentError(f"{_NAME}: {name} is {size}; it must be at least 1")
+        _argument_types.index(_NAME, "rotary_dim", rotary_dim)
+        flags = {"bias": bias, "causal": causal, "sinks": sinks, "qk_norm": qk_norm}
+        for name, value in (flags | {"rotary_interleaved": rotary_interleaved}).items():
+            _argument_types.flag(_NAME, name, value)
+        if not 0.0 <= _argument_types.number(_NAME, "dropout", dropout) < 1.0:
+            raise ArgumentError(f"{_NAME}: dropout is {dropout}; it must be in [0, 1)")
         heads_kv = heads if heads_kv is None else heads_kv
-        if heads_kv < 1 or heads % heads_kv:
+        if heads % heads_kv:
             raise ArgumentError(f"{_NAME}: heads is {heads}, not a multiple of heads_kv {heads_kv}")
         if head_dim is None:
             if dim % heads:
@@ -172,7 +183,7 @@ class Attention(torch.nn.Module):
 
         Returns: like x.
         """
-        self._check(x, context, seqlens, cu_seqlens, cache)
+        self._check(x, context, position_ids, seqlens, cu_seqlens, cache)
         source = x if context is None else context
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(source).unflatten(-1, (self.heads_kv, self.head_dim))
@@ -222,13 +233,33 @@ class Attention(torch.nn.Module):
         self,
         x: Tensor,
         context: Tensor | None,
+        position_ids: Tensor | None,
         seqlens: Tensor | None,
         cu_seqlens: Tensor | None,
         cache: KVCache | None,
     ) -> None:
+        _argument_types.dense(
+            _NAME,
+            x=x,
+            **_argument_types.given(
+                context=context, seqlens=seqlens, cu_seqlens=cu_seqlens, position_ids=position_ids
+            ),
+        )
         if x.dim() != (3 if cu_seqlens is None else 2):
             form = "(batch, seqlen, dim)" if cu_seqlens is None else "(total, dim) with cu_seqlens"
             raise ArgumentError(f"{_NAME}: x has shape {tuple(x.shape)}; it must be {form}")
+        sources = {"x": (x, self.q_proj), "context": (context, self.k_proj)}
+        for name, (t, projection) in sources.items():
+            if t is not None and t.shape[-1] != projection.in_features:
+                raise ArgumentError(
+                    f"{_NAME}: {name} has {t.shape[-1]} features; it must have "
+                    f"{projection.in_features}"
+                )
+        if position_ids is not None and position_ids.shape not in (x.shape[:-1], (1, x.shape[-2])):
+            raise ArgumentError(
+                f"{_NAME}: position_ids has shape {tuple(position_ids.shape)}; it must be "
+                f"{tuple(x.shape[:-1])}"
+            )
         given = {"context": context, "seqlens": seqlens, "cu_seqlens": cu_seqlens, "cache": cache}
         names = [name for name, value in given.items() if value is not None]
         if len(names) > 1 and names != ["context", "seqlens"]:

@@ -4,10 +4,13 @@ arguments and results. Attention reads the projections as strided views, so noth
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from flashattn_lite import _argument_types
 from flashattn_lite._masks import (
     TOP_LEFT_CAUSAL,
     MaskOptions,
@@ -21,10 +24,16 @@ from flashattn_lite._masks import (
 )
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.attention import attention
+from flashattn_lite.nn.nested import packed, padding_mask, unpacked
 
 __all__ = ["MultiheadAttention"]
 
 _NAME = "MultiheadAttention"
+
+
+class _ArgumentError(ArgumentError, AssertionError):
+    """torch.nn.MultiheadAttention raises an AssertionError for some arguments and a RuntimeError
+    for others; the messages hold torch's own words, which code may look for."""
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -32,7 +41,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
     ``need_weights=False`` runs on the kernels; masks that are padding or a band become lengths and
     windows. ``need_weights=True`` (torch's default) has to materialise the weights and runs torch's
-    own formula. Nested tensors are refused.
+    own formula. Nested tensors of both layouts are attended to without padding, with gradients.
 
     In ``torch.nn.TransformerEncoderLayer`` and ``TransformerDecoderLayer`` it takes part in eval
     mode too: torch's fused encoder layer, which would go past it, is not entered.
@@ -102,6 +111,17 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             weights: None, or (batch, seqlen_q, seqlen_k); (batch, num_heads, seqlen_q, seqlen_k)
                 unless averaged.
         """
+        _argument_types.tensors(
+            _NAME,
+            **{"query": query, "key": key, "value": value},
+            **_argument_types.given(key_padding_mask=key_padding_mask, attn_mask=attn_mask),
+        )
+        if query.is_nested or key.is_nested or value.is_nested:
+            if key_padding_mask is not None or attn_mask is not None or is_causal:
+                raise _ArgumentError(f"{_NAME}: masks do not go with nested tensors; pad them")
+            return self._nested(query, key, value, need_weights, average_attn_weights)
+        need_weights = _argument_types.flag(_NAME, "need_weights", need_weights)
+        is_causal = _argument_types.flag(_NAME, "is_causal", is_causal)
         batched = self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
         if need_weights:
             return self._with_weights(
@@ -119,19 +139,76 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         keys, options = self._mask_options(
             q, k, key_padding_mask, attn_mask, is_causal, k.shape[1] - seqlen_k
         )
-        out = attention(
-            *(q, k[:, :keys], v[:, :keys]),
-            dropout_p=self.dropout if self.training else 0.0,
-            name=_NAME,
-            **options,
-        )
-        assert isinstance(out, Tensor)
+        out = self._attend(q, k[:, :keys], v[:, :keys], **options)
         if batch_dim == 1:
             out = out.transpose(0, 1)
         out = functional.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
         return out if batched else out.squeeze(1), None
 
     # ---- steps -----------------------------------------------------------------------------------
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        dropout_p = float(self.dropout) if self.training else 0.0
+        if dropout_p == 1.0:
+            v, dropout_p = v * 0.0, 0.0  # everything is dropped
+        out = attention(q, k, v, dropout_p=dropout_p, name=_NAME, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    def _nested(
+        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool, average: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Nested (batch, ragged, features) tensors: their sequences attend without padding."""
+        for name, t in (("query", query), ("key", key), ("value", value)):
+            if not t.is_nested or t.dim() != 3:
+                raise _ArgumentError(
+                    f"{_NAME}: query should be unbatched 2D or batched 3D tensor but received "
+                    f"{query.dim()}-D query tensor; {name} is {t.dim()}-D and "
+                    f"{'nested' if t.is_nested else 'not nested'}, and all three must be nested"
+                )
+        if not self.batch_first or self.bias_k is not None or self.add_zero_attn:
+            raise _ArgumentError(
+                f"{_NAME}: nested tensors need batch_first=True, add_bias_kv=False and "
+                f"add_zero_attn=False; they are {self.batch_first}, {self.bias_k is not None} and "
+                f"{self.add_zero_attn}"
+            )
+        q = packed(query)
+        k = q if key is query else packed(key)
+        v = k if value is key else packed(value)
+        if len(q.lengths) != len(k.lengths) or k.lengths != v.lengths:
+            raise _ArgumentError(
+                f"{_NAME}: key has sequences of {k.lengths} tokens and value of {v.lengths}, for "
+                f"{len(q.lengths)} of query; the former must agree, and be as many"
+            )
+        self._check_features(q.tokens, k.tokens, v.tokens)
+        if need_weights:
+            return self._nested_with_weights(query, key, value, average)
+        longest_q, longest_k = max(q.lengths, default=0), max(k.lengths, default=0)
+        out = self._attend(
+            *self._projections(q.tokens, k.tokens, v.tokens),
+            cu_seqlens_q=q.cu_seqlens,
+            cu_seqlens_k=k.cu_seqlens,
+            max_seqlen_q=longest_q,
+            max_seqlen_k=longest_k,
+        )
+        out = functional.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        return unpacked(out, query, q.lengths), None
+
+    def _nested_with_weights(
+        self, query: Tensor, key: Tensor, value: Tensor, average: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Through padded tensors; the weights are padded with zeros, as in torch's fused kernel."""
+        q = packed(query)
+        dense_q, dense_k, dense_v = (t.to_padded_tensor(0.0) for t in (query, key, value))
+        padding = padding_mask(packed(key).lengths, key.device)
+        dense, weights = self._with_weights(
+            *(dense_q, dense_k, dense_v, padding, None, average, False)
+        )
+        assert weights is not None
+        no_row = padding_mask(q.lengths, query.device)
+        no_row = no_row[:, :, None] if average else no_row[:, None, :, None]
+        out = torch.cat([row[:n] for row, n in zip(dense, q.lengths, strict=True)])
+        return unpacked(out, query, q.lengths), weights.masked_fill(no_row, 0.0)
 
     def _projections(
         self, query: Tensor, key: Tensor, value: Tensor
@@ -140,11 +217,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         heads, e = (self.num_heads, self.head_dim), self.embed_dim
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if weight is not None and query is key and key is value:
-            q, k, v = _split(functional.linear(query, weight, bias), 3, *heads).unbind(2)
+            q, k, v = _split(functional.linear(query, weight, bias), 3, *heads).unbind(-3)
             return q, k, v
         if weight is not None and key is value:
             bias_q, bias_kv = (None, None) if bias is None else (bias[:e], bias[e:])
-            k, v = _split(functional.linear(key, weight[e:], bias_kv), 2, *heads).unbind(2)
+            k, v = _split(functional.linear(key, weight[e:], bias_kv), 2, *heads).unbind(-3)
             return _split(functional.linear(query, weight[:e], bias_q), *heads), k, v
         weights = (
             (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
@@ -253,49 +330,92 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool,
     ) -> bool:
         """Whether the inputs are batched; raises for shapes that do not go together."""
-        if query.is_nested or key.is_nested or value.is_nested:
-            raise ArgumentError(f"{_NAME}: nested tensors are not taken; pad them")
-        if query.dim() not in (2, 3) or not query.dim() == key.dim() == value.dim():
-            raise ArgumentError(
-                f"{_NAME}: query, key, value have {query.dim()}, {key.dim()}, {value.dim()} "
-                "dimensions; they must be all 2 (unbatched) or all 3"
+        _argument_types.dense(
+            _NAME,
+            **{"query": query, "key": key, "value": value},
+            **_argument_types.given(key_padding_mask=key_padding_mask, attn_mask=attn_mask),
+        )
+        for name, t in (("query", query), ("key", key), ("value", value)):
+            if not t.is_floating_point():
+                raise _ArgumentError(f"{_NAME}: {name} is {t.dtype}; it must be floating-point")
+        dim = query.dim()
+        if dim not in (2, 3):
+            raise _ArgumentError(
+                f"{_NAME}: query should be unbatched 2D or batched 3D tensor but received {dim}-D "
+                "query tensor"
             )
-        batched = query.dim() == 3
-        for name, t, dim in (
-            ("query", query, self.embed_dim),
-            ("key", key, self.kdim),
-            ("value", value, self.vdim),
-        ):
-            if t.shape[-1] != dim:
-                raise ArgumentError(f"{_NAME}: {name} has {t.shape[-1]} features; it must be {dim}")
+        batched = dim == 3
+        form = f"for {'batched (3-D)' if batched else 'unbatched (2-D)'} `query`, expected"
+        if not key.dim() == value.dim() == dim:
+            raise _ArgumentError(
+                f"{_NAME}: {form} `key` and `value` to be {dim}-D but found {key.dim()}-D and "
+                f"{value.dim()}-D tensors respectively"
+            )
+        self._check_features(query, key, value)
         if key.shape[:-1] != value.shape[:-1]:
-            raise ArgumentError(
-                f"{_NAME}: key has shape {tuple(key.shape)} but value has {tuple(value.shape)}"
+            raise _ArgumentError(
+                f"{_NAME}: key shape {key.shape} does not match value shape {value.shape}"
             )
         batch_dim = 0 if self.batch_first else 1
         batch = query.shape[batch_dim] if batched else 1
         if batched and key.shape[batch_dim] != batch:
-            raise ArgumentError(
+            raise _ArgumentError(
                 f"{_NAME}: key has batch {key.shape[batch_dim]} but query has {batch}"
             )
         seqlen_q, seqlen_k = (t.shape[1 - batch_dim if batched else 0] for t in (query, key))
-        padding = (batch, seqlen_k) if batched else (seqlen_k,)
         if key_padding_mask is not None:
-            _check_mask("key_padding_mask", key_padding_mask, padding)
+            _check_dtype("key_padding_mask", key_padding_mask)
+            if key_padding_mask.dim() != dim - 1:
+                raise _ArgumentError(
+                    f"{_NAME}: {form} `key_padding_mask` to be `None` or {dim - 1}-D but found "
+                    f"{key_padding_mask.dim()}-D tensor instead"
+                )
+            padding = (batch, seqlen_k) if batched else (seqlen_k,)
+            for d, size in enumerate(padding):
+                if key_padding_mask.shape[d] != size:
+                    raise _ArgumentError(
+                        f"{_NAME}: Expected key_padded_mask.shape[{d}] to be {size}, but got "
+                        f"{key_padding_mask.shape[d]}: key_padding_mask must be {padding}"
+                    )
         if attn_mask is not None:
-            shapes = (seqlen_q, seqlen_k), (batch * self.num_heads, seqlen_q, seqlen_k)
-            _check_mask("attn_mask", attn_mask, *shapes)
+            _check_dtype("attn_mask", attn_mask)
+            if attn_mask.dim() not in (2, 3):
+                raise _ArgumentError(
+                    f"{_NAME}: {form} `attn_mask` to be `None`, 2-D or 3-D but found "
+                    f"{attn_mask.dim()}-D tensor instead"
+                )
+            wanted: tuple[int, ...] = (seqlen_q, seqlen_k)
+            if attn_mask.dim() == 3:
+                wanted = (batch * self.num_heads, *wanted)
+            if attn_mask.shape != wanted:
+                raise _ArgumentError(
+                    f"{_NAME}: Expected `attn_mask` shape to be {wanted}. The shape of the "
+                    f"{attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should be {wanted}."
+                )
         elif is_causal:
-            raise ArgumentError(f"{_NAME}: is_causal is a hint about attn_mask, which is not given")
+            raise _ArgumentError(
+                f"{_NAME}: Need attn_mask if specifying the is_causal hint, which is about it"
+            )
         return batched
 
+    def _check_features(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        if query.shape[-1] != self.embed_dim:
+            raise _ArgumentError(
+                f"{_NAME}: was expecting embedding dimension of {self.embed_dim}, but got "
+                f"{query.shape[-1]} features in query"
+            )
+        for name, t, features in (("key", key, self.kdim), ("value", value, self.vdim)):
+            if t.shape[-1] != features:
+                raise _ArgumentError(
+                    f"{_NAME}: {name} has {t.shape[-1]} features; it must be {features}"
+                )
 
-def _check_mask(name: str, mask: Tensor, *shapes: tuple[int, ...]) -> None:
+
+def _check_dtype(name: str, mask: Tensor) -> None:
     if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise ArgumentError(f"{_NAME}: {name} is {mask.dtype}; it must be bool or float")
-    if tuple(mask.shape) not in shapes:
-        wanted = " or ".join(map(str, shapes))
-        raise ArgumentError(f"{_NAME}: {name} has shape {tuple(mask.shape)}; it must be {wanted}")
+        raise _ArgumentError(
+            f"{_NAME}: only bool and floating types of {name} are supported; it is {mask.dtype}"
+        )
 
 
 def _split(x: Tensor, *sizes: int) -> Tensor:
