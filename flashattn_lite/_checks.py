@@ -12,6 +12,7 @@ from typing import Literal
 
 from torch import Tensor, int32, int64
 
+from flashattn_lite import _argument_types
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.block_mask import BlockMask
 from flashattn_lite.reference import Options
@@ -25,9 +26,19 @@ _INDEX_VECTORS: tuple[_IndexVector, ...] = (
     "leftpad_k",
 )
 
+_TENSORS = (
+    *(*_INDEX_VECTORS, "block_table", "k_scale", "v_scale"),
+    *("alibi_slopes", "sinks", "bias", "mask"),
+)
+
 
 def check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
     """Raises ArgumentError, beginning with ``name``, for the first argument that cannot be used."""
+    given = _argument_types.given(**{argument: options.get(argument) for argument in _TENSORS})
+    _argument_types.dense(name, q=q, k=k, v=v, **given)
+    _argument_types.flag(name, "causal", options.get("causal"))
+    for argument, value in {n: options.get(n) for n in ("softcap", "dropout_p")}.items():
+        _argument_types.number(name, argument, 0.0 if value is None else value)
     try:
         _check_tensors(q, k, v, options)
         batch = _check_shapes(q, k, v, options)
@@ -50,11 +61,6 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
     for argument, t in (("sinks", options.get("sinks")), ("bias", options.get("bias"))):
         if t is not None and (not t.dtype.is_floating_point or t.dtype.itemsize == 1):
             raise ArgumentError(f"{argument} is {_dtype(t)}; it must be floating-point")
-    others = {"k": k, "v": v, "bias": options.get("bias"), "sinks": options.get("sinks")}
-    others |= {"alibi_slopes": options.get("alibi_slopes")}
-    for argument, t in others.items():
-        if t is not None and t.device != q.device:
-            raise ArgumentError(f"{argument} is on {t.device} but q is on {q.device}")
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, options: Options) -> int:

@@ -102,7 +102,7 @@ fma_peak = torch.ops.flashattn_lite.fma_peak.default
 def argument_error(error: RuntimeError, name: str) -> Exception:
     """The error that a public function raises for one that an operator raised."""
     text = str(error)
-    for operator in ("forward", "backward", "rotate", "append_kv"):
+    for operator in ("forward_plain", "forward", "backward", "rotate", "append_kv"):
         operator = f"flashattn_lite::{operator}"
         if text.startswith(f"{operator}: "):
             return ArgumentError(text.replace(operator, name, 1))
@@ -112,7 +112,14 @@ def argument_error(error: RuntimeError, name: str) -> Exception:
     return error
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_options: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    for argument, t in zip(FORWARD_ARGUMENTS[3:], options, strict=False):
+        # One meta tensor among real ones brings a call here, where results hold nothing.
+        device = "cpu" if argument == "dropout_seed" else q.device.type
+        if isinstance(t, Tensor) and t.device.type != device:
+            raise RuntimeError(
+                f"flashattn_lite::forward: {argument} is on {t.device}; it must be on {device}"
+            )
     if not q.device == k.device == v.device:
         raise RuntimeError(
             f"flashattn_lite::forward: q is on {q.device}, k on {k.device} and v on {v.device}; "

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import Unpack
 
-from flashattn_lite import _checks, _ops, reference
+from flashattn_lite import _argument_types, _checks, _ops, reference
 from flashattn_lite.block_mask import BlockMask
 
 __all__ = ["attention", "draw_dropout_seed"]
@@ -177,16 +177,6 @@ def _refuse_tangents(name: str, *tensors: Tensor | None) -> None:
             )
 
 
-def _as_index(value: Any, name: str, argument: str) -> int | None:
-    """An int from what callers pass for one: an int, a SymInt, a one-element tensor, or None."""
-    if value is None or isinstance(value, int | torch.SymInt):
-        return value  # type: ignore[return-value]
-    try:
-        return int(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}: {argument} is {value!r}; it must be an int") from None
-
-
 def _window(window: Any, causal: bool, name: str) -> tuple[int, int]:
     """(left, right) with -1 for unbounded; causal is right = 0."""
     try:
@@ -195,8 +185,10 @@ def _window(window: Any, causal: bool, name: str) -> tuple[int, int]:
         raise TypeError(
             f"{name}: window is {window!r}; it must be a pair (left, right) of ints or None"
         ) from None
-    left, right = _as_index(left, name, "window[0]"), _as_index(right, name, "window[1]")
     left, right = -1 if left is None else left, -1 if right is None else right
+    if not (type(left) is type(right) is int):
+        left = _argument_types.index(name, "window[0]", left)
+        right = _argument_types.index(name, "window[1]", right)
     if left < -1 or right < -1:
         raise _ops.ArgumentError(
             f"{name}: window is {(left, right)}; a side must be >= 0, or None or -1 for unbounded"
@@ -204,7 +196,15 @@ def _window(window: Any, causal: bool, name: str) -> tuple[int, int]:
     return left, 0 if causal else right
 
 
-def _autocasts(q: Tensor) -> bool:
+def _default_scale(name: str, q: Tensor) -> float:
+    if q.is_nested:
+        _argument_types.dense(name, q=q)
+    scale: float = ((q.shape[-1] if q.dim() else 0) or 1) ** -0.5
+    return scale
+
+
+def autocasts(q: Tensor) -> bool:
+    """Whether torch's autocast is on where q lives."""
     if q.is_cpu:
         return torch.is_autocast_enabled("cpu")
     return q.is_cuda and torch.is_autocast_enabled("cuda")
@@ -219,8 +219,11 @@ def _max_seqlen(value: Any, cu_seqlens: Tensor | None, t: Tensor, name: str, arg
     """The longest sequence: given, or the number of rows that bounds it."""
     if cu_seqlens is None:
         return t.shape[1] if t.dim() > 1 else 0
-    given = _as_index(value, name, argument)
-    return t.shape[0] if given is None else given
+    if value is None:
+        return t.shape[0]
+    if type(value) is int:
+        return value
+    return _argument_types.index(name, argument, value)
 
 
 def _expand_bias(bias: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
@@ -338,7 +341,17 @@ def attention(
             f"{name}: q, k and v must be torch.Tensor; they are "
             + ", ".join(type(t).__name__ for t in (q, k, v))
         )
-    if _autocasts(q):
+    if not (type(causal) is type(deterministic) is type(return_lse) is bool):
+        causal = _argument_types.flag(name, "causal", causal)
+        deterministic = _argument_types.flag(name, "deterministic", deterministic)
+        return_lse = _argument_types.flag(name, "return_lse", return_lse)
+    if not (type(softcap) is type(dropout_p) is float):
+        softcap = _argument_types.number(name, "softcap", softcap)
+        dropout_p = _argument_types.number(name, "dropout_p", dropout_p)
+    if sinks is not None or bias is not None or alibi_slopes is not None:
+        given = _argument_types.given(sinks=sinks, bias=bias, alibi_slopes=alibi_slopes)
+        _argument_types.tensors(name, **given)
+    if autocasts(q):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = _autocast(q, dtype), _autocast(k, dtype), _autocast(v, dtype)
     if window is UNBOUNDED:
@@ -346,7 +359,9 @@ def attention(
     else:
         left, right = _window(window, causal, name)
     if softmax_scale is None:
-        softmax_scale = (q.shape[-1] or 1) ** -0.5
+        softmax_scale = _default_scale(name, q)
+    elif type(softmax_scale) is not float:
+        softmax_scale = _argument_types.number(name, "softmax_scale", softmax_scale)
     if sinks is not None and sinks.dtype in (torch.float16, torch.bfloat16):
         sinks = sinks.float()
     if bias is not None:
@@ -361,6 +376,8 @@ def attention(
         raise _ops.ArgumentError(f"{name}: alibi_slopes has no gradient here; pass it detached")
     if dropout_p > 0 and dropout_seed is None:
         dropout_seed = draw_dropout_seed()
+    if type(backend) is not str:
+        raise TypeError(f"{name}: backend is {backend!r}; it must be a str")
     if algorithm is not None:
         if algorithm not in ("flash1", "flash2") or backend not in ("auto", "cuda", algorithm):
             raise _ops.ArgumentError(
@@ -450,6 +467,16 @@ def attention(
         else:
             out, lse = _ops.forward(q, k, v, *lengths, sinks, bias, *numbers)
     except RuntimeError as error:
+        _argument_types.dense(
+            name,
+            **{"q": q, "k": k, "v": v},
+            **_argument_types.given(
+                **{"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
+                **{"seqused_q": seqused_q, "seqused_k": seqused_k, "leftpad_k": leftpad_k},
+                **{"block_table": block_table, "k_scale": k_scale, "v_scale": v_scale},
+                **{"alibi_slopes": alibi_slopes, "sinks": sinks, "bias": bias},
+            ),
+        )
         raise _ops.argument_error(error, name) from None
     return (out, lse) if return_lse else out
 
@@ -476,7 +503,12 @@ def plain_attention(
         and forward_ad._current_level < 0
     ):
         if softmax_scale is None:
-            softmax_scale = (q.shape[-1] or 1) ** -0.5
+            softmax_scale = _default_scale(name, q)
+        elif type(softmax_scale) is not float:
+            softmax_scale = _argument_types.number(name, "softmax_scale", softmax_scale)
+        if not (type(causal) is type(deterministic) is bool):
+            causal = _argument_types.flag(name, "causal", causal)
+            deterministic = _argument_types.flag(name, "deterministic", deterministic)
         right = 0 if causal else -1
         try:
             if not (
@@ -487,6 +519,7 @@ def plain_attention(
                 options, rest = (softmax_scale, -1, right), (deterministic, name)
                 return _apply_plain(q, k, v, options, rest)
         except RuntimeError as error:
+            _argument_types.dense(name, q=q, k=k, v=v)
             raise _ops.argument_error(error, name) from None
     return attention(  # type: ignore[return-value]
         q,

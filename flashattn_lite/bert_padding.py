@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flashattn_lite import _argument_types
 from flashattn_lite._ops import ArgumentError
 
 __all__ = ["index_first_axis", "index_put_first_axis", "pad_input", "unpad_input"]
@@ -17,6 +18,8 @@ def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
     >>> index_first_axis(torch.arange(4.0), torch.tensor([3, 0])).tolist()
     [3.0, 0.0]
     """
+    _argument_types.dense("index_first_axis", x=x, indices=indices)
+    _check_indices("index_first_axis", indices, x.shape[0] if x.dim() else 0, "rows of x")
     return x.index_select(0, indices)
 
 
@@ -26,8 +29,46 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
     >>> index_put_first_axis(torch.tensor([1.0, 2.0]), torch.tensor([3, 0]), 4).tolist()
     [2.0, 0.0, 0.0, 1.0]
     """
-    out = values.new_zeros((first_axis_dim, *values.shape[1:]))
-    return out.index_copy(0, indices, values)
+    first_axis_dim = _argument_types.index("index_put_first_axis", "first_axis_dim", first_axis_dim)
+    if first_axis_dim < 0:
+        raise ArgumentError(
+            f"index_put_first_axis: first_axis_dim is {first_axis_dim}; it must be >= 0"
+        )
+    return _put("index_put_first_axis", "values", values, indices, first_axis_dim)
+
+
+def _put(name: str, argument: str, values: Tensor, indices: Tensor, rows: int) -> Tensor:
+    _argument_types.dense(name, **{argument: values, "indices": indices})
+    if values.shape[:1] != indices.shape:
+        raise ArgumentError(
+            f"{name}: {argument} has shape {tuple(values.shape)} but indices has "
+            f"{tuple(indices.shape)}; there must be one index for each row"
+        )
+    _check_indices(name, indices, rows, "rows of the result")
+    return values.new_zeros((rows, *values.shape[1:])).index_copy(0, indices.long(), values)
+
+
+def _check_indices(name: str, indices: Tensor, rows: int, of_what: str) -> None:
+    """Raises unless indices are (n) integers within the rows (looked at on the CPU only)."""
+    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
+        raise ArgumentError(
+            f"{name}: indices is {indices.dtype} of shape {tuple(indices.shape)}; it must be int64 "
+            "or int32 of one dimension"
+        )
+    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in indices.aminmax())
+        if low < 0 or high >= rows:
+            raise ArgumentError(
+                f"{name}: indices are {low} to {high}; they must be within the {rows} {of_what}"
+            )
+
+
+def _check_mask(name: str, argument: str, mask: Tensor, hidden_states: Tensor) -> None:
+    if hidden_states.dim() < 2 or mask.shape != hidden_states.shape[:2]:
+        raise ArgumentError(
+            f"{name}: {argument} has shape {tuple(mask.shape)}; it must be "
+            f"{tuple(hidden_states.shape[:2])}, hidden_states' first two dimensions"
+        )
 
 
 def unpad_input(
@@ -53,11 +94,14 @@ def unpad_input(
     >>> tokens.tolist(), indices.tolist(), cu_seqlens.tolist(), max_seqlen
     ([0.0, 1.0, 3.0], [0, 1, 3], [0, 2, 3], 2)
     """
-    if attention_mask.shape != hidden_states.shape[:2]:
-        raise ArgumentError(
-            f"unpad_input: attention_mask has shape {tuple(attention_mask.shape)}; it must be "
-            f"{tuple(hidden_states.shape[:2])}, hidden_states' first two dimensions"
-        )
+    _argument_types.dense(
+        "unpad_input",
+        **{"hidden_states": hidden_states, "attention_mask": attention_mask},
+        **_argument_types.given(unused_mask=unused_mask),
+    )
+    _check_mask("unpad_input", "attention_mask", attention_mask, hidden_states)
+    if unused_mask is not None:
+        _check_mask("unpad_input", "unused_mask", unused_mask, hidden_states)
     used = attention_mask != 0
     kept = used if unused_mask is None else used | (unused_mask != 0)
     seqlens = kept.sum(-1, dtype=torch.int32)
@@ -74,5 +118,9 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
     >>> pad_input(torch.tensor([5.0, 6.0]), torch.tensor([0, 3]), 2, 2).tolist()
     [[5.0, 0.0], [0.0, 6.0]]
     """
-    padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
+    batch = _argument_types.index("pad_input", "batch", batch)
+    seqlen = _argument_types.index("pad_input", "seqlen", seqlen)
+    if batch < 0 or seqlen < 0:
+        raise ArgumentError(f"pad_input: batch is {batch} and seqlen {seqlen}; they must be >= 0")
+    padded = _put("pad_input", "hidden_states", hidden_states, indices, batch * seqlen)
     return padded.reshape(batch, seqlen, *hidden_states.shape[1:])

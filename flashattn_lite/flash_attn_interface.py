@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashattn_lite import inspection
+from flashattn_lite import _argument_types, inspection
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.attention import (
     UNBOUNDED,
@@ -54,11 +54,14 @@ def _get_block_size_n(_device: Any, _head_dim: int, _is_dropout: bool, _is_causa
 def _flash_window(window_size: Any, seqlen_k: int, name: str) -> Window:
     """flash_attn's convention: a negative side, or one as long as the keys, is unbounded."""
     try:
-        left, right = (int(side) for side in window_size)
+        left, right = window_size
     except (TypeError, ValueError):
         raise TypeError(
             f"{name}: window_size is {window_size!r}; it must be a pair (left, right) of ints"
         ) from None
+    if not (type(left) is type(right) is int):
+        left = _argument_types.index(name, "window_size[0]", left)
+        right = _argument_types.index(name, "window_size[1]", right)
     if left < 0 and right < 0:
         return UNBOUNDED
     return (
@@ -69,6 +72,7 @@ def _flash_window(window_size: Any, seqlen_k: int, name: str) -> Window:
 
 def _unpacked(name: str, argument: str, t: Tensor, dim: int, parts: int) -> tuple[Tensor, ...]:
     """q, k, v or k, v from a packed (..., parts, heads, head_dim) tensor, as views."""
+    _argument_types.dense(name, **{argument: t})
     if t.dim() != dim or t.shape[-3] != parts:
         lead = "(batch, seqlen" if dim == 5 else "(total"
         raise ArgumentError(
@@ -80,25 +84,38 @@ def _unpacked(name: str, argument: str, t: Tensor, dim: int, parts: int) -> tupl
 
 def _attend(
     name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Any,
-    softcap: float,
-    alibi_slopes: Tensor | None,
-    deterministic: bool,
-    return_attn_probs: bool,
-    block_mask: BlockMask | None,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    scoring: tuple[bool, Any, float | None, float, Tensor | None, BlockMask | None],
+    rest: tuple[float, bool, bool],
     **lengths: Any,
 ) -> Result:
-    """The common part of the functions below."""
+    """The common part of the functions below.
+
+    Args:
+        scoring: causal, window_size, softmax_scale, softcap, alibi_slopes, block_mask.
+        rest: dropout_p, deterministic, return_attn_probs.
+        lengths: those of ``attention``'s options that say where sequences are.
+    """
+    q, k, v = qkv
+    causal, window_size, softmax_scale, softcap, alibi_slopes, block_mask = scoring
+    dropout_p, deterministic, return_attn_probs = rest
+    for argument, value in lengths.items():
+        if not argument.startswith("max_"):
+            if not isinstance(value, Tensor):
+                _argument_types.tensors(name, **{argument: value})
+        elif type(value) is not int:
+            lengths[argument] = _argument_types.index(name, argument, value)
     if window_size is _NO_WINDOW:
         window = UNBOUNDED
     else:
-        window = _flash_window(window_size, lengths.get("max_seqlen_k", k.shape[1]), name)
+        if not isinstance(k, Tensor) or k.is_nested:
+            _argument_types.dense(name, k=k)
+        seqlen_k = lengths.get("max_seqlen_k", k.shape[1] if k.dim() > 1 else 0)
+        window = _flash_window(window_size, seqlen_k, name)
+    if not (type(dropout_p) is type(softcap) is float and type(return_attn_probs) is bool):
+        dropout_p = _argument_types.number(name, "dropout_p", dropout_p)
+        softcap = _argument_types.number(name, "softcap", softcap)
+        return_attn_probs = _argument_types.flag(name, "return_attn_probs", return_attn_probs)
     if (
         window is UNBOUNDED
         and alibi_slopes is None
@@ -107,22 +124,19 @@ def _attend(
     ):
         return plain_attention(name, q, k, v, softmax_scale, causal, deterministic)
     seed = draw_dropout_seed() if dropout_p > 0 else None
-    result = attention(
-        q,
-        k,
-        v,
-        causal=causal,
-        window=window,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        block_mask=block_mask,
-        dropout_p=dropout_p,
-        dropout_seed=seed,
-        deterministic=deterministic,
-        return_lse=return_attn_probs,
-        name=name,
+    options: dict[str, Any] = {
+        "causal": causal,
+        "window": window,
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "block_mask": block_mask,
+        "dropout_p": dropout_p,
+        "dropout_seed": seed,
         **lengths,
+    }
+    result = attention(
+        q, k, v, deterministic=deterministic, return_lse=return_attn_probs, name=name, **options
     )
     if isinstance(result, Tensor):
         return result
@@ -130,21 +144,8 @@ def _attend(
     lse = torch.where(lse == -math.inf, math.inf, lse)
     if seed is None:
         return out, lse, q.new_empty(0)
-    max_seqlen_q, max_seqlen_k = lengths.pop("max_seqlen_q", 0), lengths.pop("max_seqlen_k", 0)
-    probabilities = inspection.signed_probabilities(
-        q,
-        k,
-        v,
-        causal=causal,
-        window=window,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        alibi_slopes=alibi_slopes,
-        block_mask=block_mask,
-        dropout_p=dropout_p,
-        dropout_seed=seed,
-        **lengths,
-    )
+    max_seqlen_q, max_seqlen_k = options.pop("max_seqlen_q", 0), options.pop("max_seqlen_k", 0)
+    probabilities = inspection.signed_probabilities(q, k, v, **options)
     more_q, more_k = max_seqlen_q - probabilities.shape[2], max_seqlen_k - probabilities.shape[3]
     return out, lse, pad(probabilities, (0, max(0, more_k), 0, max(0, more_q)))
 
@@ -198,18 +199,9 @@ def flash_attn_func(
     """
     return _attend(
         "flash_attn_func",
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        block_mask,
+        (q, k, v),
+        (causal, window_size, softmax_scale, softcap, alibi_slopes, block_mask),
+        (dropout_p, deterministic, return_attn_probs),
     )
 
 
@@ -234,18 +226,9 @@ def flash_attn_qkvpacked_func(
     q, k, v = _unpacked("flash_attn_qkvpacked_func", "qkv", qkv, 5, 3)
     return _attend(
         "flash_attn_qkvpacked_func",
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        block_mask,
+        (q, k, v),
+        (causal, window_size, softmax_scale, softcap, alibi_slopes, block_mask),
+        (dropout_p, deterministic, return_attn_probs),
     )
 
 
@@ -271,18 +254,9 @@ def flash_attn_kvpacked_func(
     k, v = _unpacked("flash_attn_kvpacked_func", "kv", kv, 5, 2)
     return _attend(
         "flash_attn_kvpacked_func",
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        block_mask,
+        (q, k, v),
+        (causal, window_size, softmax_scale, softcap, alibi_slopes, block_mask),
+        (dropout_p, deterministic, return_attn_probs),
     )
 
 
@@ -337,26 +311,18 @@ def flash_attn_varlen_func(
 
     Source: the flash_attn package, version 2.8.
     """
-    lengths: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": int(max_seqlen_q)}
+    lengths: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
     if block_table is None:
-        lengths |= {"cu_seqlens_k": cu_seqlens_k, "max_seqlen_k": int(max_seqlen_k)}
+        lengths |= {"cu_seqlens_k": cu_seqlens_k, "max_seqlen_k": max_seqlen_k}
     else:
+        _argument_types.dense("flash_attn_varlen_func", cu_seqlens_k=cu_seqlens_k)
         lengths |= {"block_table": block_table, "seqused_k": cu_seqlens_k.diff()}
-        lengths |= {"max_seqlen_k": int(max_seqlen_k)}
+        lengths |= {"max_seqlen_k": max_seqlen_k}
     return _attend(
         "flash_attn_varlen_func",
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        block_mask,
+        (q, k, v),
+        (causal, window_size, softmax_scale, softcap, alibi_slopes, block_mask),
+        (dropout_p, deterministic, return_attn_probs),
         **lengths,
     )
 
@@ -385,22 +351,13 @@ def flash_attn_varlen_qkvpacked_func(
     q, k, v = _unpacked("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 4, 3)
     return _attend(
         "flash_attn_varlen_qkvpacked_func",
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        block_mask,
+        (q, k, v),
+        (causal, window_size, softmax_scale, softcap, alibi_slopes, block_mask),
+        (dropout_p, deterministic, return_attn_probs),
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=int(max_seqlen),
-        max_seqlen_k=int(max_seqlen),
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
     )
 
 
@@ -432,20 +389,11 @@ def flash_attn_varlen_kvpacked_func(
     k, v = _unpacked("flash_attn_varlen_kvpacked_func", "kv", kv, 4, 2)
     return _attend(
         "flash_attn_varlen_kvpacked_func",
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        block_mask,
+        (q, k, v),
+        (causal, window_size, softmax_scale, softcap, alibi_slopes, block_mask),
+        (dropout_p, deterministic, return_attn_probs),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=int(max_seqlen_q),
-        max_seqlen_k=int(max_seqlen_k),
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
     )

@@ -39,6 +39,9 @@ def attention_weights(
     values = k if v is None else v
     if options.get("v_scale") is None and options.get("k_scale") is not None:
         options["v_scale"] = options["k_scale"]
+    bias = options.get("bias")
+    if isinstance(bias, Tensor):
+        options["bias"] = bias[(None,) * (4 - bias.dim())]
     _checks.check("attention_weights", q, k, values, options)
     weights = reference.attention_weights(q, k, values, **options)
     return weights.to(torch.float64 if q.dtype == torch.float64 else torch.float32)

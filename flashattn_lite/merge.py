@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from flashattn_lite import _argument_types
 from flashattn_lite._ops import ArgumentError
 
 __all__ = ["flash_attn_combine", "merge_attention_states"]
@@ -28,6 +29,13 @@ def _combine(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     merged = torch.where(nothing, -math.inf, torch.logsumexp(safe, 0))
     weight = torch.where(empty, torch.zeros_like(lse), torch.softmax(safe, 0)).unsqueeze(-1)
     return torch.where(empty.unsqueeze(-1), torch.zeros_like(out), out * weight).sum(0), merged
+
+
+def _check_dtypes(name: str, **tensors: Tensor) -> None:
+    for argument, t in tensors.items():
+        if not t.dtype.is_floating_point:
+            dtype = str(t.dtype).removeprefix("torch.")
+            raise ArgumentError(f"{name}: {argument} is {dtype}; it must be floating-point")
 
 
 def merge_attention_states(
@@ -57,6 +65,9 @@ def merge_attention_states(
     >>> merge_attention_states(*parts[0], *parts[1])[0].allclose(attention(q, k, v))
     True
     """
+    name = "merge_attention_states"
+    _argument_types.dense(name, out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    _check_dtypes(name, out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     if out_a.shape != out_b.shape or lse_a.shape != lse_b.shape:
         raise ArgumentError(
             f"merge_attention_states: out_a has shape {tuple(out_a.shape)}, out_b "
@@ -104,6 +115,13 @@ def flash_attn_combine(
     >>> out.shape, lse.shape
     (torch.Size([1, 3, 4, 8]), torch.Size([1, 3, 4]))
     """
+    name = "flash_attn_combine"
+    _argument_types.dense(
+        name, out_partial=out_partial, lse_partial=lse_partial, **_argument_types.given(out=out)
+    )
+    _check_dtypes(name, out_partial=out_partial, lse_partial=lse_partial)
+    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"{name}: out_dtype is {out_dtype!r}; it must be a torch.dtype")
     if out_partial.dim() not in (4, 5) or lse_partial.shape != out_partial.shape[:-1]:
         raise ArgumentError(
             f"flash_attn_combine: out_partial has shape {tuple(out_partial.shape)} and lse_partial "

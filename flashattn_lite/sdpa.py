@@ -18,9 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flashattn_lite import _argument_types
 from flashattn_lite._masks import TOP_LEFT_CAUSAL, MaskOptions, band_options, mask_options
 from flashattn_lite._ops import ArgumentError
-from flashattn_lite.attention import attention
+from flashattn_lite.attention import attention, autocasts
 
 __all__ = ["SdpaCalls", "scaled_dot_product_attention", "use_as_sdpa"]
 
@@ -70,6 +71,12 @@ def scaled_dot_product_attention(
 
     Source: torch.nn.functional.scaled_dot_product_attention.
     """
+    if type(dropout_p) is not float:
+        dropout_p = _argument_types.number(_NAME, "dropout_p", dropout_p)
+    if type(is_causal) is not bool:
+        is_causal = _argument_types.flag(_NAME, "is_causal", is_causal)
+    if type(enable_gqa) is not bool:
+        enable_gqa = _argument_types.flag(_NAME, "enable_gqa", enable_gqa)
     _check(query, key, value, attn_mask, dropout_p, is_causal)
     if query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0]:
         lead = query.shape[:1]
@@ -119,14 +126,14 @@ def _check(
 ) -> None:
     """Raises for what torch refuses, before shapes are looked at."""
     for name, t in (("query", query), ("key", key), ("value", value)):
-        if t.is_nested:
-            raise ArgumentError(f"{_NAME}: {name} is a nested tensor; pass cu_seqlens to attention")
+        if not isinstance(t, Tensor) or t.is_nested or t.layout is not torch.strided:
+            _argument_types.dense(_NAME, **{name: t})
         if t.dim() < 2:
             raise ArgumentError(
                 f"{_NAME}: {name} has shape {tuple(t.shape)}; it must be at least 2-dimensional, "
                 "(..., heads, seqlen, head_dim)"
             )
-    autocast = torch.is_autocast_enabled(query.device.type)
+    autocast = autocasts(query)
     if not autocast and not (query.dtype == key.dtype == value.dtype):
         raise ArgumentError(
             f"{_NAME}: query is {query.dtype}, key {key.dtype} and value {value.dtype}; "
@@ -144,8 +151,9 @@ def _check(
         raise ArgumentError(f"{_NAME}: dropout_p is {dropout_p}; it must be in [0, 1]")
     if attn_mask is None:
         return
+    _argument_types.dense(_NAME, query=query, attn_mask=attn_mask)
     if is_causal:
-        raise ArgumentError(f"{_NAME}: attn_mask should not be set when is_causal=True")
+        raise ArgumentError(f"{_NAME}: Explicit attn_mask should not be set when is_causal=True")
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype) and not (
         autocast and attn_mask.is_floating_point()
     ):

@@ -1,0 +1,94 @@
+"""What kind of thing an argument is, before its shape or value is looked at: the sentences that
+callers get for a string, a list or a sparse tensor where something else was meant.
+
+Each function takes the name that messages begin with, and arguments by name and value.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashattn_lite._ops import ArgumentError
+
+__all__ = ["dense", "flag", "given", "index", "number", "tensors"]
+
+
+def tensors(name: str, **values: Any) -> None:
+    """Raises unless all are tensors."""
+    for argument, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: {argument} is {_text(value)}; it must be a torch.Tensor")
+
+
+def dense(name: str, **values: Any) -> None:
+    """Raises unless all are tensors with strides (not nested, sparse, quantised), on one device."""
+    tensors(name, **values)
+    first = next(iter(values), "")
+    for argument, value in values.items():
+        if value.is_nested or value.layout is not torch.strided or value.is_quantized:
+            if value.is_nested:
+                kind, remedy = "nested", "; the varlen functions take its sequences end to end"
+            else:
+                kind, remedy = "quantised" if value.is_quantized else "sparse", ""
+            raise ArgumentError(
+                f"{name}: {argument} is a {kind} tensor; it must be a dense one{remedy}"
+            )
+        if value.device != values[first].device:
+            raise ArgumentError(
+                f"{name}: {argument} is on {value.device} but {first} is on {values[first].device}"
+            )
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """Those that were not left out (None)."""
+    return {argument: value for argument, value in values.items() if value is not None}
+
+
+def number(name: str, argument: str, value: Any) -> float:
+    """A float from a float, an int, or a scalar of numpy's or torch's."""
+    if isinstance(value, float | torch.SymFloat | torch.SymInt):
+        return value  # type: ignore[return-value]
+    try:
+        if not isinstance(value, str | bytes | complex):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise TypeError(f"{name}: {argument} is {_text(value)}; it must be a float")
+
+
+def index(name: str, argument: str, value: Any) -> int:
+    """An int from an int, or an integer scalar of numpy's or torch's; nothing cut from a float."""
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    try:
+        integer = operator.index(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: {argument} is {_text(value)}; it must be an int") from None
+    if not -(2**63) <= integer < 2**63:
+        raise ArgumentError(f"{name}: {argument} is {integer}; it must be an int of 64 bits")
+    return integer
+
+
+def flag(name: str, argument: str, value: Any) -> bool:
+    """A bool from a bool, 0, 1 or None, or such a scalar of numpy's or torch's."""
+    if value is None:
+        return False
+    try:
+        if isinstance(value, bool | torch.SymBool) or value in (0, 1):
+            return bool(value)
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise TypeError(f"{name}: {argument} is {_text(value)}; it must be a bool")
+
+
+def _text(value: Any) -> str:
+    """A value as an error message shows it: short, and without a tensor's elements."""
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor of shape {'(nested)' if value.is_nested else tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= 60 else f"a {type(value).__name__}"
