@@ -297,3 +297,22 @@ def test_corrupt_contents_are_refused() -> None:
     mask._packed[torch.device("cpu")] = (packed[:-1], layout)
     with pytest.raises(ArgumentError, match="its layout needs"):
         attention(Q, K, K, block_mask=mask)
+
+
+def test_it_compiles_whole() -> None:
+    case = Case("compile", ((S, S),), head_dim=16)
+    inputs, mask = make_inputs(case), PATTERNS["streaming"](32)
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, block_mask=mask)  # type: ignore[return-value]
+
+    leaves = [t.requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
+    expected = call(*leaves)
+    compiled = torch.compile(call, fullgraph=True)(*leaves)
+    assert torch.equal(compiled, expected)
+    for a, b in zip(
+        torch.autograd.grad(compiled.sum(), leaves),
+        torch.autograd.grad(expected.sum(), leaves),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
