@@ -10,8 +10,10 @@ sanitizer    compute-sanitizer's memcheck and racecheck over a part of the case 
 decode       bytes of K and V a second against the measured bandwidth (tests/gpu_decode.py)
 bench        against PyTorch's backends in the same process, exactness checked first
 
-It needs the built library and installs nothing. Each part has its own time limit and its own line
-in the summary; one that failed or could not run makes the exit status 1.
+It needs the built library, torch with CUDA, pytest and, for one part, compute-sanitizer; it
+installs nothing and asks the network for nothing. Each part has its own time limit and its own line
+in the summary; one that failed or could not run makes the exit status 1, a machine on which none
+can run makes it 2.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -30,28 +33,34 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # Seconds that each part may take.
-LIMITS = {"conformance": 60, "cases": 170, "sanitizer": 110, "decode": 60, "bench": 130}
+LIMITS = {"conformance": 60, "cases": 150, "sanitizer": 110, "decode": 40, "bench": 110}
+# The project's options name plugins that a machine for checking may lack.
+PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider"]
+TEST_FILE = "tests/test_gpu.py"
 SANITIZED_CASES = (
     "several_tiles-float16 or several_tiles-bfloat16 or varlen_with_empty-float16 or "
     "head_dim_255-float16 or seqused-float16 or leftpad-bfloat16"
 )
 
 
-def run(command: list[str], seconds: int, log: Path) -> tuple[int, str]:
-    """The command's exit status (124: out of time) and its last line; the log gets all of it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+def run(command: list[str], seconds: int, log: Path, **variables: str) -> tuple[int, str]:
+    """The command's exit status (124: out of time, and it is killed with all that it started) and
+    its last line; the log gets all of it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **variables}
     with log.open("w") as stream:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-            )
-            status = done.returncode
+            status = process.wait(seconds)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             status = 124
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return status, lines[-1] if lines else ""
@@ -62,14 +71,11 @@ def conformance(out: Path) -> tuple[bool, str]:
     import torch
     from native import conformance as words
 
-    from flashattn_lite import _ops
-
     expected = {section.name: section for section in words.read()}
     major, minor = torch.cuda.get_device_capability()
     actual = []
     for sm90 in (False, True) if (major, minor) == (9, 0) else (False,):
-        sections = _ops.ptx_conformance_sections(sm90)
-        actual += words.collect(sections, lambda _capacity, flag=sm90: _device_words(flag))
+        actual += words.collect(device_sections(sm90), lambda _, flag=sm90: device_words(flag))
     words.write(out / "conformance.json", actual)
     lines = [
         line
@@ -82,29 +88,53 @@ def conformance(out: Path) -> tuple[bool, str]:
     return True, f"{len(actual)} sections agree with the emulator on sm_{major}{minor}"
 
 
-def _device_words(sm90: bool) -> list[int]:
-    from flashattn_lite import _ops
+def device_sections(sm90: bool) -> str:
+    import torch
 
-    return [int(word) & 0xFFFFFFFF for word in _ops.ptx_conformance(sm90).tolist()]
+    import flashattn_lite  # noqa: F401  it registers the operators
+
+    return str(torch.ops.flashattn_lite.ptx_conformance_sections(sm90))
+
+
+def device_words(sm90: bool) -> list[int]:
+    import torch
+
+    import flashattn_lite  # noqa: F401  it registers the operators
+
+    words = torch.ops.flashattn_lite.ptx_conformance(sm90)
+    return [int(word) & 0xFFFFFFFF for word in words.tolist()]
 
 
 def cases(out: Path) -> tuple[bool, str]:
-    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "-p", "no:cacheprovider"]
-    status, last = run([*command, "--tb=short"], LIMITS["cases"], out / "cases.log")
+    status, last = run([*PYTEST, "--tb=short", TEST_FILE], LIMITS["cases"], out / "cases.log")
     return status == 0, f"{last} (exit {status})"
 
 
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on PATH, or in a CUDA toolkit."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    if nvcc := shutil.which("nvcc"):
+        homes.append(str(Path(nvcc).resolve().parents[1]))
+    places = [
+        Path(h) / d / "compute-sanitizer" for h in homes if h for d in ("bin", "compute-sanitizer")
+    ]
+    found = shutil.which("compute-sanitizer")
+    return found or next((str(p) for p in places if os.access(p, os.X_OK)), None)
+
+
 def sanitizer(out: Path) -> tuple[bool, str]:
-    program = shutil.which("compute-sanitizer")
+    """Only this library's kernels are instrumented; every tensor is an allocation of its own."""
+    program = find_sanitizer()
     if program is None:
-        raise RuntimeError("compute-sanitizer is not on PATH")
+        raise RuntimeError("compute-sanitizer is neither on PATH nor in a CUDA toolkit")
     results = []
     for tool in ("memcheck", "racecheck"):
-        command = [program, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest"]
-        command += ["tests/test_gpu.py", "-q", "-p", "no:cacheprovider", "-k"]
+        command = [program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
+        command += ["--kernel-name", "kns=fal4cuda", *PYTEST, TEST_FILE]
         decode = "(test_decode_over_pages and page16)"
-        command += [f"(test_case_table and ({SANITIZED_CASES})) or {decode}"]
-        status, last = run(command, LIMITS["sanitizer"] // 2, out / f"{tool}.log")
+        command += ["-k", f"(test_case_table and ({SANITIZED_CASES})) or {decode}"]
+        seconds, log = LIMITS["sanitizer"] // 2, out / f"{tool}.log"
+        status, last = run(command, seconds, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         results.append((status == 0, f"{tool}: {last} (exit {status})"))
     return all(good for good, _ in results), "; ".join(text for _, text in results)
 
@@ -133,23 +163,39 @@ PARTS: dict[str, Callable[[Path], tuple[bool, str]]] = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="part")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu-check")
-    arguments = parser.parse_args()
+def cannot_run() -> str | None:
+    """Why nothing can run on this machine, and what would help."""
     import torch
 
     from flashattn_lite import _ops
 
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install one that is built with it"
     if not torch.cuda.is_available():
-        print("gpu-check: torch sees no NVIDIA GPU on this machine", file=sys.stderr)
-        return 2
+        return "torch sees no NVIDIA GPU: run it where `nvidia-smi` lists one"
     if json.loads(_ops.build_info())["cuda"] is None:
-        print("gpu-check: the library was built without CUDA kernels", file=sys.stderr)
+        return (
+            "flashattn_lite is built without CUDA kernels: build it with nvcc on PATH "
+            "(FAL_CUDA=1 python setup.py build_ext --inplace)"
+        )
+    return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu-check")
+    arguments = parser.parse_args(argv)
+    unknown = [name for name in arguments.parts if name not in PARTS]
+    if unknown:
+        parser.error(f"no part {', '.join(unknown)}; parts: {', '.join(PARTS)}")
+    if reason := cannot_run():
+        print(f"gpu-check: {reason}", file=sys.stderr)
         return 2
+    import torch
+
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_properties(0)
     summary = [f"# gpu-check on {device.name}, torch {torch.__version__}", ""]
@@ -157,7 +203,7 @@ def main() -> int:
     for name in arguments.parts or PARTS:
         start = time.monotonic()
         try:
-            good, text = PARTS[name](arguments.out)
+            good, text = PARTS[name](arguments.out.resolve())
             verdict = "ok" if good else "FAILED"
         except Exception as error:
             verdict, text = "could not run", f"{type(error).__name__}: {error}"

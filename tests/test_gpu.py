@@ -1,6 +1,7 @@
 """The CUDA engines on a real GPU: the case table of every other engine, and what only a device
 shows (streams, graphs, several devices, no waiting). `make gpu-check` runs it."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -114,6 +115,8 @@ def test_decode_over_pages(layout: str, storage: str, dtype: torch.dtype) -> Non
         decode()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
+        return  # gpu-check's sanitizer: without torch's allocator nothing can be captured
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured, _ = decode()
@@ -176,6 +179,51 @@ def test_runs_on_the_current_stream_and_in_a_graph() -> None:
     q.copy_(torch.randn_like(q))
     graph.replay()
     assert torch.equal(out, flash_attn_func(q, k, v, causal=True))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_training_step_runs_in_a_graph(algorithm: str, deterministic: bool) -> None:
+    """Forward and backward, captured once, follow what their inputs hold at each replay."""
+    q, k, v = (
+        torch.randn(2, 300, heads, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    dout = torch.randn_like(q)
+
+    def step() -> tuple[Tensor, ...]:
+        out = attention(q, k, v, causal=True, backend=algorithm, deterministic=deterministic)
+        assert isinstance(out, Tensor)
+        return (out, *torch.autograd.grad(out, (q, k, v), dout))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for t in (q, k, v, dout):
+            t.copy_(torch.randn_like(t))
+    graph.replay()
+    torch.cuda.synchronize()
+    # Atomic sums of dQ differ in their order, not by more than a few roundings.
+    for got, expected in zip(captured, step(), strict=True):
+        bound = 0.0 if deterministic else 4 * 2.0**-10 * float(expected.abs().max())
+        assert float((got - expected).detach().abs().max()) <= bound
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_hidden_nan_never_shows(algorithm: str, name: str) -> None:
+    """It reaches the rows that see it and no other; tests/test_cuda_nonfinite.py has the rest."""
+    tensors = {n: torch.randn(1, 200, 2, 64, device="cuda").bfloat16() for n in "qkv"}
+    tensors[name][0, 100] = torch.nan
+    out = attention(*tensors.values(), causal=True, backend=algorithm)
+    assert isinstance(out, Tensor)
+    assert torch.isfinite(out[:, :100]).all() and out[:, 100:].isnan().all()
 
 
 def test_never_waits_for_the_device() -> None:

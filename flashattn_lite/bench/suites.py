@@ -261,7 +261,7 @@ CUDA_TOKENS, CUDA_WIDTH = 16384, 2048  # the papers' setting: batch x length, he
 
 
 def _cuda_shapes(plan: Plan) -> list[dict[str, int]]:
-    lengths = {"quick": (2048, 8192), "default": (512, 1024, 2048, 4096, 8192, 16384)}
+    lengths = {"quick": (2048, 16384), "default": (512, 1024, 2048, 4096, 8192, 16384)}
     head_dims = {"quick": (128,), "default": (64, 128)}.get(plan.size, (64, 96, 128, 256))
     return [
         {"batch": CUDA_TOKENS // n, "seqlen": n, "heads": CUDA_WIDTH // d, "head_dim": d}

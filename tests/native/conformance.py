@@ -14,8 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from native.build import ROOT
-
+ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "tests" / "data" / "ptx_conformance.json"
 NOTE = (
     "Result words of each PTX wrapper on the SIMT emulator, as base64 of zlib of little-endian "

@@ -1,0 +1,132 @@
+"""gpu-check's own logic, without a GPU: what it says of a machine that cannot run it, how it
+compares words, what becomes of a part that fails, hangs or cannot run."""
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import gpu_check
+import pytest
+import torch
+from native import conformance
+
+from flashattn_lite import _ops
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that looks as if it had an H100."""
+    monkeypatch.setattr(gpu_check, "cannot_run", lambda: None)
+    properties = SimpleNamespace(name="an H100")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+@pytest.mark.parametrize(
+    "version,available,kernels,reason",
+    [
+        (None, False, '{"cuda": "80"}', "is built without CUDA; install one"),
+        ("13.0", False, '{"cuda": "80"}', "torch sees no NVIDIA GPU: run it where `nvidia-smi`"),
+        ("13.0", True, '{"cuda": null}', "built without CUDA kernels: build it with nvcc on PATH"),
+        ("13.0", True, '{"cuda": "80"}', None),
+    ],
+)
+def test_says_why_it_cannot_run(
+    monkeypatch: pytest.MonkeyPatch,
+    version: str | None,
+    available: bool,
+    kernels: str,
+    reason: str | None,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(_ops, "build_info", lambda: kernels)
+    said = gpu_check.cannot_run()
+    assert said is reason is None or (said and reason and reason in said)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_part_that_fails_or_raises_is_a_line_and_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def raises(_out: Path) -> tuple[bool, str]:
+        raise RuntimeError("compute-sanitizer is missing")
+
+    parts = {"first": lambda _: (False, "3 differences"), "second": raises}
+    parts["third"] = lambda _: (True, "all of it")
+    monkeypatch.setattr(gpu_check, "PARTS", parts)
+    assert gpu_check.main(["--out", str(tmp_path / "results")]) == 1
+    lines = (tmp_path / "results" / "summary.md").read_text().splitlines()
+    assert lines[0] == f"# gpu-check on an H100, torch {torch.__version__}"
+    assert lines[2:] == [
+        "- **first**: FAILED in 0 s: 3 differences",
+        "- **second**: could not run in 0 s: RuntimeError: compute-sanitizer is missing",
+        "- **third**: ok in 0 s: all of it",
+    ]
+    assert gpu_check.main(["third", "--out", str(tmp_path)]) == 0
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("flipped", [False, True])
+def test_conformance_compares_every_word(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flipped: bool
+) -> None:
+    sections = conformance.read()
+    exact = next(i for i, s in enumerate(sections) if s.compare == "exact")
+    halves = {False: sections[:10], True: sections[10:]}
+    assert exact < 10
+
+    def words(sm90: bool) -> list[int]:
+        values = [list(s.words) for s in halves[sm90]]
+        if flipped and not sm90:
+            values[exact][5] ^= 1
+        return [w for part in values for w in part]
+
+    def described(sm90: bool) -> str:
+        return "\n".join(f"{s.name} {len(s.words)} {s.compare}" for s in halves[sm90])
+
+    monkeypatch.setattr(gpu_check, "device_words", words)
+    monkeypatch.setattr(gpu_check, "device_sections", described)
+    good, text = gpu_check.conformance(tmp_path)
+    assert good is not flipped
+    if flipped:
+        assert f"1 differences from the emulator, the first: {sections[exact].name} word 5" in text
+    else:
+        assert text == f"{len(sections)} sections agree with the emulator on sm_90"
+        assert conformance.read(tmp_path / "conformance.json") == sections
+
+
+def test_the_operators_behind_it_exist() -> None:
+    """What they describe is what is recorded; the words themselves need a device."""
+    if json.loads(_ops.build_info())["cuda"] is None:
+        with pytest.raises(RuntimeError, match="this build has no CUDA kernels"):
+            gpu_check.device_sections(False)
+        return
+    described = "".join(gpu_check.device_sections(sm90) for sm90 in (False, True)).splitlines()
+    assert described == [f"{s.name} {len(s.words)} {s.compare}" for s in conformance.read()]
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"ptx_conformance: CUDA error \d+"):
+            gpu_check.device_words(False)
+
+
+def test_what_runs_out_of_time_is_killed_with_its_children(tmp_path: Path) -> None:
+    child = "import time; time.sleep(60); open('late', 'w')"
+    script = (
+        f"import subprocess, sys; print('begun'); subprocess.run([sys.executable, '-c', {child!r}])"
+    )
+    start = time.monotonic()
+    status, last = gpu_check.run([sys.executable, "-c", script], 3, tmp_path / "log")
+    assert (status, last) == (124, "begun")
+    assert time.monotonic() - start < 30
+
+
+def test_pytest_runs_without_the_projects_plugins(tmp_path: Path) -> None:
+    """pytest-timeout and pytest-xdist may be missing: no option of theirs stops it."""
+    command = [*gpu_check.PYTEST, "-p", "no:timeout", "-p", "no:xdist", "--co", gpu_check.TEST_FILE]
+    status, last = gpu_check.run(command, 120, tmp_path / "log")
+    assert status == 0, last
+    selected = [*command, "-k", f"test_case_table and ({gpu_check.SANITIZED_CASES})"]
+    status, last = gpu_check.run(selected, 120, tmp_path / "log")
+    assert status == 0 and last.startswith("12/"), last
