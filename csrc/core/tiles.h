@@ -39,6 +39,11 @@ struct DenseTilesOfRows {
     *tile = {keys, full ? TileKind::kFull : TileKind::kPartial};
     return true;
   }
+  // Whether every row sees tile_keys keys from `begin` on: of a tile handed out, whether it is full
+  // and not cut short by the sequence's end.
+  FAL_HOST_DEVICE bool full(int32_t begin) const {
+    return all.begin <= begin && begin + tile_keys <= all.end;
+  }
 };
 
 // Every tile of rows that sees a key of the tile, first to last, at multiples of tile_rows. Rows

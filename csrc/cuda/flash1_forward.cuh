@@ -27,6 +27,7 @@
 #include "backward_pieces.cuh"
 #include "flash1.h"
 #include "launch.h"
+#include "nonfinite.cuh"
 #include "softmax.cuh"
 
 namespace fal::cuda {
@@ -49,6 +50,7 @@ struct Flash1ForwardConfig {
   static constexpr int kKeysOfWarp = kTileN / kWarps;
   static_assert(kKeysOfWarp % 16 == 0, "the k of one mma");
   static constexpr int kSlice = 16;  // columns of O that are exchanged at a time
+  static_assert(kKeysOfWarp * 2 <= kSlice * 4, "a warp's P~ fits where its partial product is");
 };
 
 template <class Config>
@@ -279,7 +281,9 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     for (int stage = 0; more; stage ^= 1, tile = next) {
       // This tile of Q has landed, and every warp is done with the last one.
       ptx::cp_async_wait<0>();
-      __syncthreads();
+      const bool masked = tile.kind == TileKind::kPartial || keys.size() < kTileN;
+      const bool scattered = sync_and_find(
+          masked, [&] { return copied_nonfinite<T, kDim, kTileN, Config::kThreads>(smem_v); });
       more = cursor.next(&next);
       if (more) load_q(smem_q + (stage ^ 1) * kTileBytesQ, next.range);
       ptx::cp_async_commit();
@@ -304,9 +308,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       if constexpr (ScoreMod::kGeneral) {
         modify_scores(acc_s, mod, problem.score.scale, lane_row, lane_key);
       }
-      if (tile.kind == TileKind::kPartial || keys.size() < kTileN) {
-        mask_scores(acc_s, band, lane_row, lane_key);
-      }
+      if (masked) hide(acc_s, band, lane_row, lane_key, -FAL_INFINITY);
       softmax_of_tile(acc_s, scale_log2, maxima, sums, warp, lane);
       if constexpr (ScoreMod::kGeneral) {
         if (dropout.threshold) {
@@ -317,7 +319,15 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       pack_fragments<T>(frag_p, acc_s);
 
       // O, slice by slice: every warp's share of P~ V meets in one of two buffers, each free again
-      // once the other's barrier is passed.
+      // once the other's barrier is passed. With scattered NaNs there is one buffer and a second
+      // barrier instead, and each warp's P~ lies in its part of the other.
+      constexpr uint32_t kPartialBytes = sizeof(typename Smem::Partial);
+      const uint32_t partials = smem + offsetof(Smem, partial);
+      const uint32_t smem_p = partials + (kWarps + warp) * kPartialBytes;
+      if (scattered) {
+        stage_fragments(smem_p, frag_p, lane);
+        __syncwarp();
+      }
       MergeFactors factors{};
       float unit[1][2] = {{1.f, 1.f}};
 #pragma unroll 1
@@ -334,11 +344,18 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         }
         float acc[kM][kSlice8][4];
         clear(acc);
-        multiply_nn<T, kN8 / 2>(acc, frag_p,
-                                address_rows_first<kDim>(smem_v, warp_key, lane, slice));
-        constexpr uint32_t kPartialBytes = sizeof(typename Smem::Partial);
-        const uint32_t partial = smem + offsetof(Smem, partial) +
-                                 slice % 2 * kWarps * kPartialBytes + lane * sizeof(float4);
+        if (!scattered) {
+          multiply_nn<T, kN8 / 2>(acc, frag_p,
+                                  address_rows_first<kDim>(smem_v, warp_key, lane, slice));
+        } else {
+          multiply_seen<T, kDim>(
+              acc, smem_v + warp_key * TileLayout<kDim>::kRowBytes, Config::kKeysOfWarp, lane,
+              slice,
+              [&](int r, int k) { return band.visible(rows.begin + r, keys.begin + warp_key + k); },
+              [&](int r, int k) { return fragment_element<T, kM>(smem_p, r, k); });
+        }
+        const uint32_t partial =
+            partials + (scattered ? 0 : slice % 2 * kWarps * kPartialBytes) + lane * sizeof(float4);
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -382,6 +399,7 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
         }
         // Q's place is free since the maxima met.
         if (last) stage_rows<T, kDim>(smem_tile, warp_row, acc_o, unit, lane, slice);
+        if (scattered) __syncthreads();  // the slice's shares are merged
       }
       if (last) store_out(smem_tile, rows);
     }

@@ -24,6 +24,7 @@
 #include "backward_pieces.cuh"
 #include "flash2.h"
 #include "launch.h"
+#include "nonfinite.cuh"
 #include "softmax.cuh"
 
 namespace fal::cuda {
@@ -107,20 +108,6 @@ struct Flash2BackwardScores {
     // The transposed fragment has two rows and two keys of 16 x 16 elements, which lie in two of
     // Philox's blocks: half of each block's draws are other lanes'.
     PhiloxBits bits[kM][2] = {};
-    Range rows[kM][2];  // that see the lane's keys, from `row` on
-    if constexpr (ScoreMod::kGeneral) {
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int j = key + m * 16 + half * 8;
-          const Range seen = j < band.seqlen_k ? band.rows_of_any({j, j + 1}) : Range{0, 0};
-          rows[m][half] = masked ? Range{seen.begin - row, seen.end - row} : Range{0, kN8 * 8};
-        }
-      }
-    } else if (masked) {
-      mask_scores_transposed(s, band, row, key);  // modified, -inf might not stay -inf
-    }
 #pragma unroll
     for (int n = 0; n < kN8; ++n) {
       const uint32_t offset = (n * 8 + lane % 4 * 2) * sizeof(float);
@@ -143,7 +130,7 @@ struct Flash2BackwardScores {
             const float scaled = s[m][n][e] * scale;
             const float score = mod.value(scaled, row + i, key + j, 0.f);
             derivative = mod.derivative(scaled);
-            p = rows[m][e / 2].contains(i) ? ptx::ex2(fmaf(score, kLog2e, -lse[e % 2])) : 0.f;
+            p = ptx::ex2(fmaf(score, kLog2e, -lse[e % 2]));
             const uint32_t word = bits[m][e % 2].word[n % 2 * 2 + e / 2];
             const bool keep = (word >> (16 * (key & 1)) & 0xffffu) >= dropout.threshold;
             dp_dropped = keep ? dp_dropped * keep_scale : 0.f;
@@ -154,6 +141,8 @@ struct Flash2BackwardScores {
         }
       }
     }
+    // Not before: LSE, delta and dP may be NaN where P and dS are 0.
+    if (masked) hide_transposed(s, dp, band, row, key);
   }
 };
 
@@ -239,17 +228,21 @@ __device__ __forceinline__ void backward_of_keys(const BackwardArgs& args, int k
   while (more) {
     // This tile has landed, and every warp is done with the last one's buffers and dS.
     ptx::cp_async_wait<0>();
-    __syncthreads();
-    h = next_h;
-    const int row_begin = tile.range.begin;
-    // Zeros behind the last key have scores too: exp(0 - LSE) may be anything.
-    const bool masked = tile.kind == TileKind::kPartial || keys.size() < kTileN;
-    more = cursor.next(&tile, &next_h);
-    if (Config::kStages == 2 && more) load_rows(stage ^ 1, tile, next_h);
-    ptx::cp_async_commit();
     const uint32_t smem_q = smem_stage(stage) + offsetof(typename Smem::Stage, q);
     const uint32_t smem_dout = smem_stage(stage) + offsetof(typename Smem::Stage, dout);
     const uint32_t smem_lse = smem_stage(stage) + offsetof(typename Smem::Stage, lse);
+    // Zeros behind the last key have scores too: exp(0 - LSE) may be anything.
+    const bool masked = tile.kind == TileKind::kPartial || keys.size() < kTileN;
+    const bool scattered = sync_and_find(masked, [&] {
+      return copied_nonfinite<T, kDim, kTileM, kThreads>(smem_q) ||
+             copied_nonfinite<T, kDim, kTileM, kThreads>(smem_dout) ||
+             copied_nonfinite<T, kDim, kTileN, kThreads>(smem_k);
+    });
+    h = next_h;
+    const int row_begin = tile.range.begin;
+    more = cursor.next(&tile, &next_h);
+    if (Config::kStages == 2 && more) load_rows(stage ^ 1, tile, next_h);
+    ptx::cp_async_commit();
 
     float acc_s[kM][kN8][4], acc_dp[kM][kN8][4];
     clear(acc_s);
@@ -273,13 +266,26 @@ __device__ __forceinline__ void backward_of_keys(const BackwardArgs& args, int k
     stage_rows<T, kTileM>(smem_ds, warp_key, acc_dp, ones, lane, warp_row / 16);
     __syncthreads();  // P^T and dS^T of all keys and rows are there
 
-    FragmentsA<kM, kTileM / 16> frag;
-    load_fragments(frag, address_rows_first<kTileM>(smem_p, warp_key, lane));
-    multiply_nn<T, kTileM / 16, Config::kWarpsM>(
-        acc_dv, frag, address_rows_first<kDim>(smem_dout, 0, lane, share));
-    load_fragments(frag, address_rows_first<kTileM>(smem_ds, warp_key, lane));
-    multiply_nn<T, kTileM / 16, Config::kWarpsM>(acc_dk, frag,
-                                                 address_rows_first<kDim>(smem_q, 0, lane, share));
+    const auto sees = [&](int row, int key) {
+      return band.visible(row_begin + row, keys.begin + key);
+    };
+    if (!scattered) {
+      FragmentsA<kM, kTileM / 16> frag;
+      load_fragments(frag, address_rows_first<kTileM>(smem_p, warp_key, lane));
+      multiply_nn<T, kTileM / 16, Config::kWarpsM>(
+          acc_dv, frag, address_rows_first<kDim>(smem_dout, 0, lane, share));
+      load_fragments(frag, address_rows_first<kTileM>(smem_ds, warp_key, lane));
+      multiply_nn<T, kTileM / 16, Config::kWarpsM>(
+          acc_dk, frag, address_rows_first<kDim>(smem_q, 0, lane, share));
+    } else {
+      const auto seen = [&](int key, int row) { return sees(row, warp_key + key); };
+      multiply_seen<T, kDim, Config::kWarpsM>(
+          acc_dv, smem_dout, kTileM, lane, share, seen,
+          [&](int key, int row) { return tile_element<T, kTileM>(smem_p, warp_key + key, row); });
+      multiply_seen<T, kDim, Config::kWarpsM>(
+          acc_dk, smem_q, kTileM, lane, share, seen,
+          [&](int key, int row) { return tile_element<T, kTileM>(smem_ds, warp_key + key, row); });
+    }
     if (workspace.dq) {
       float* sums = workspace.dq_tile(first_tile + row_begin / kTileM, h);
       float acc_dq[Dq::kM][Dq::kN8][4];
@@ -288,9 +294,19 @@ __device__ __forceinline__ void backward_of_keys(const BackwardArgs& args, int k
 #pragma unroll
         for (int n = 0; n < Dq::kN8; ++n) Dq::begin(sums, m * Dq::kN8 + n, acc_dq[m][n]);
       }
-      multiply_tn<T, kTileN / 16, Dq::kWarpsN>(
-          acc_dq, address_columns_first<kTileM>(smem_ds, 0, lane, warp / Dq::kWarpsN * Dq::kM),
-          address_rows_first<kDim>(smem_k, 0, lane, warp % Dq::kWarpsN));
+      const int dq_group = warp / Dq::kWarpsN * Dq::kM;  // of 16 rows
+      if (!scattered) {
+        multiply_tn<T, kTileN / 16, Dq::kWarpsN>(
+            acc_dq, address_columns_first<kTileM>(smem_ds, 0, lane, dq_group),
+            address_rows_first<kDim>(smem_k, 0, lane, warp % Dq::kWarpsN));
+      } else {
+        multiply_seen<T, kDim, Dq::kWarpsN>(
+            acc_dq, smem_k, kTileN, lane, warp % Dq::kWarpsN,
+            [&](int row, int key) { return sees(dq_group * 16 + row, key); },
+            [&](int row, int key) {
+              return tile_element<T, kTileM>(smem_ds, key, dq_group * 16 + row);
+            });
+      }
 #pragma unroll
       for (int m = 0; m < Dq::kM; ++m) {
 #pragma unroll

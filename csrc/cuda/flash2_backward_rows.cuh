@@ -15,6 +15,7 @@
 #include "backward_pieces.cuh"
 #include "flash2.h"
 #include "launch.h"
+#include "nonfinite.cuh"
 #include "softmax.cuh"
 
 namespace fal::cuda {
@@ -92,12 +93,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   DenseTilesOfRows cursor = DenseTilesOfRows::make(band, rows, kTileN);
   Tile tile, next;
   bool more = cursor.next(&tile);
+  const auto rows_of_q = [&] {
+    return StridedRows<T>{forward.q.as<const T>().at(b, seq.row_q + rows.begin, h), forward.q.row};
+  };
   if (more) {
-    const View<const T> q = forward.q.as<const T>(), dout = problem.dout.as<const T>();
+    const View<const T> dout = problem.dout.as<const T>();
     const int64_t row = seq.row_q + rows.begin;
     load_tile<T, kDim, kTileM, kThreads, kGeneral>(smem_q, {0, rows.size()}, shape.head_dim,
-                                                   args.aligned,
-                                                   StridedRows<T>{q.at(b, row, h), q.row});
+                                                   args.aligned, rows_of_q());
     load_tile<T, kDim, kTileM, kThreads, kGeneral>(smem_dout, {0, rows.size()}, shape.head_dim_v,
                                                    args.aligned,
                                                    StridedRows<T>{dout.at(b, row, h), dout.row});
@@ -127,12 +130,14 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
   while (more) {
     // The tile has landed, and every warp is done with the buffers that the next copy overwrites.
     ptx::cp_async_wait<0>();
-    __syncthreads();
+    const uint32_t smem_k = smem_stage(stage) + offsetof(typename Smem::Stage, k);
+    const uint32_t smem_v = smem_stage(stage) + offsetof(typename Smem::Stage, v);
+    const bool masked = tile.kind == TileKind::kPartial || tile.range.size() < kTileN;
+    const bool scattered =
+        sync_and_find(masked, [&] { return copied_nonfinite<T, kDim, kTileN, kThreads>(smem_k); });
     more = cursor.next(&next);
     if (Config::kStages == 2 && more) load_keys(stage ^ 1, next.range.begin, next.range.begin);
     ptx::cp_async_commit();
-    const uint32_t smem_k = smem_stage(stage) + offsetof(typename Smem::Stage, k);
-    const uint32_t smem_v = smem_stage(stage) + offsetof(typename Smem::Stage, v);
 
     float acc_s[1][kN8][4], acc_dp[1][kN8][4];
     clear(acc_s);
@@ -143,19 +148,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                                  address_columns_first<kDim>(smem_v, 0, lane));
 
     const int key = tile.range.begin + lane % 4 * 2;
-    const bool masked = tile.kind == TileKind::kPartial || tile.range.size() < kTileN;
     if constexpr (kGeneral) {
       if (dropout.threshold) drop(acc_dp, dropout, b * shape.heads_q + h, lane_row, key);
-    }
-    Range keys[2];  // that the lane's two rows see, from `key` on
-    if constexpr (kGeneral) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const Range seen = band.keys_of(lane_row + half * 8);
-        keys[half] = masked ? Range{seen.begin - key, seen.end - key} : Range{0, kTileN};
-      }
-    } else if (masked) {
-      mask_scores(acc_s, band, lane_row, key);  // modified, -inf might not stay -inf
     }
 #pragma unroll
     for (int n = 0; n < kN8; ++n) {
@@ -165,19 +159,38 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
           const float p = ptx::ex2(fmaf(acc_s[0][n][e], scale, -lse[e / 2]));
           acc_s[0][n][e] = p * (acc_dp[0][n][e] - delta[e / 2]);
         } else {
-          const int j = n * 8 + e % 2;
           const float scaled = acc_s[0][n][e] * scale;
-          const float score = mod.value(scaled, lane_row + e / 2 * 8, key + j, 0.f);
-          const float p =
-              keys[e / 2].contains(j) ? ptx::ex2(fmaf(score, kLog2e, -lse[e / 2])) : 0.f;
+          const float score = mod.value(scaled, lane_row + e / 2 * 8, key + n * 8 + e % 2, 0.f);
+          const float p = ptx::ex2(fmaf(score, kLog2e, -lse[e / 2]));
           acc_s[0][n][e] =
               p * (acc_dp[0][n][e] * keep_scale - delta[e / 2]) * mod.derivative(scaled);
         }
       }
     }
+    // Not before: LSE, delta and dP may be NaN where dS is 0.
+    if (masked) hide(acc_s, band, lane_row, key, 0.f);
     FragmentsA<1, kN8 / 2> frag_ds;
     pack_fragments<T>(frag_ds, acc_s);
-    multiply_nn<T, kTileN / 16>(acc_dq, frag_ds, address_rows_first<kDim>(smem_k, 0, lane));
+    if (!scattered) {
+      multiply_nn<T, kTileN / 16>(acc_dq, frag_ds, address_rows_first<kDim>(smem_k, 0, lane));
+    } else {
+      // dS takes the place of the warp's rows of Q, which nobody else reads, and Q is read again.
+      const uint32_t smem_ds = smem_q + warp_row * TileLayout<kDim>::kRowBytes;
+      __syncwarp();  // the warp is done with them
+      stage_fragments(smem_ds, frag_ds, lane);
+      __syncwarp();
+      multiply_seen<T, kDim>(
+          acc_dq, smem_k, kTileN, lane, 0,
+          [&](int r, int k) {
+            return band.visible(rows.begin + warp_row + r, tile.range.begin + k);
+          },
+          [&](int r, int k) { return fragment_element<T, 1>(smem_ds, r, k); });
+      __syncthreads();  // every warp is done with its dS
+      if (more) {       // others see Q behind the next tile's barrier
+        load_tile_elements<T, kDim, kTileM, kThreads>(smem_q, {0, rows.size()}, shape.head_dim,
+                                                      rows_of_q());
+      }
+    }
 
     if constexpr (Config::kStages == 1) {
       __syncthreads();  // nobody reads K and V any more

@@ -22,6 +22,7 @@
 #include "flash2.h"
 #include "launch.h"
 #include "mma_sm80.cuh"
+#include "nonfinite.cuh"
 #include "softmax.cuh"
 
 namespace fal::cuda {
@@ -45,6 +46,7 @@ struct Flash2ForwardConfig {
   static constexpr int kThreads = kWarps * kWarpSize;
   static constexpr int kRowGroups = kTileM / kWarps / 16;  // 16-row groups of a warp
   static_assert(kTileM == kRowGroups * 16 * kWarps, "warps share the rows evenly");
+  static_assert(kTileN <= kHeadDim, "a warp's P fits where its rows of Q are");
   static constexpr int kSlots = 3;  // tiles in the ring: one in use, two in flight
   // Blocks that a multiprocessor holds, by registers a thread: 3 (168) or 2 (255) of 128 threads,
   // 2 (128) or 1 (255) of 256. Looking up pages takes registers.
@@ -151,6 +153,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   const Band band = Band::make(seq.seqlen_q, seq.seqlen_k, problem.window);
   const Kv kv = Kv::make(problem.kv, seq, b, shape.kv_head(h));
   const View<const T> q = problem.q.as<const T>();
+  const auto rows_of_q = [&](int64_t row_q) {
+    return StridedRows<T>{q.at(b, row_q + rows.begin, h), q.row};
+  };
   // Of a tile, only keys that some row sees are read; the others' places are zeros. Just the first
   // tile can begin before what is visible, and just the last can end behind it.
   const Range visible = band.keys_of_any(rows);
@@ -169,12 +174,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   Tile tile;
   bool more = cursor.next(&tile);
   int tile_key = tile.range.begin;
-  // A tile cut short by the sequence's end holds zeros behind it, which no row may see.
-  bool masked = tile.kind == TileKind::kPartial || tile.range.size() < kTileN;
+  // Whether the tile holds something that some row may not see. The modified scores have no
+  // registers for the cursor's interval while they are computed, the plain ones none for the
+  // answer.
+  bool partial = tile.kind == TileKind::kPartial || tile.range.size() < kTileN;
+  const auto masked = [&] { return ScoreMod::kGeneral ? partial : !cursor.full(tile_key); };
   if (more) {
     load_tile<T, kDim, Config::kTileM, Config::kThreads, ScoreMod::kGeneral>(
-        smem_q, {0, rows.size()}, shape.head_dim, args.aligned,
-        StridedRows<T>{q.at(b, seq.row_q + rows.begin, h), q.row});
+        smem_q, {0, rows.size()}, shape.head_dim, args.aligned, rows_of_q(seq.row_q));
     load_k(ring.begin, tile_key, visible.begin);
   }
   ptx::cp_async_commit();
@@ -210,7 +217,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     if constexpr (ScoreMod::kGeneral) {
       modify_scores(acc_s, mod, problem.score.scale, lane_row, key);
     }
-    if (masked) mask_scores(acc_s, band, lane_row, key);
+    if (masked()) hide(acc_s, band, lane_row, key, -FAL_INFINITY);
     softmax.step(acc_s, acc_o, scale_log2);
     if constexpr (ScoreMod::kGeneral) {
       if (dropout.threshold) drop(acc_s, dropout, b * shape.heads_q + h, lane_row, key);
@@ -220,13 +227,31 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
 
     // The same for V.
     ptx::cp_async_wait<1>();
-    __syncthreads();
+    const bool scattered = sync_and_find(masked(), [&] {
+      return copied_nonfinite<T, kDim, kTileN, Config::kThreads>(ring.current);
+    });
     if (more) load_v(ring.previous(), tile.range.begin, tile.range.begin);
     ptx::cp_async_commit();
-    multiply_nn<T, kTileN / 16>(acc_o, frag_p, address_rows_first<kDim>(ring.current, 0, lane));
+    if (!scattered) {
+      multiply_nn<T, kTileN / 16>(acc_o, frag_p, address_rows_first<kDim>(ring.current, 0, lane));
+    } else {
+      // P takes the place of the warp's rows of Q, which nobody else reads, and Q is read again.
+      const uint32_t smem_p = smem_q + warp_row * TileLayout<kDim>::kRowBytes;
+      stage_fragments(smem_p, frag_p, lane);
+      __syncwarp();
+      multiply_seen<T, kDim>(
+          acc_o, ring.current, kTileN, lane, 0,
+          [&](int r, int k) { return band.visible(rows.begin + warp_row + r, tile_key + k); },
+          [&](int r, int k) { return fragment_element<T, kM>(smem_p, r, k); });
+      __syncthreads();  // every warp is done with its P
+      if (more) {       // others see Q behind the next step's barrier
+        load_tile_elements<T, kDim, Config::kTileM, Config::kThreads>(
+            smem_q, {0, rows.size()}, shape.head_dim, rows_of_q(problem.lengths.sequence(b).row_q));
+      }
+    }
     ring.advance();
     tile_key = tile.range.begin;
-    masked = tile.kind == TileKind::kPartial || tile.range.size() < kTileN;
+    partial = tile.kind == TileKind::kPartial || tile.range.size() < kTileN;
   }
 
   ptx::cp_async_wait<0>();  // the last groups are empty

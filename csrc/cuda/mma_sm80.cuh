@@ -25,6 +25,7 @@ struct Mma;
 
 template <>
 struct Mma<__half> {
+  static constexpr uint32_t kExponents = 0x7c007c00u;  // of two packed elements
   __device__ __forceinline__ static uint32_t pack(float low, float high) {
     return ptx::pack_f16x2(low, high);
   }
@@ -39,6 +40,7 @@ struct Mma<__half> {
 
 template <>
 struct Mma<__nv_bfloat16> {
+  static constexpr uint32_t kExponents = 0x7f807f80u;
   __device__ __forceinline__ static uint32_t pack(float low, float high) {
     return ptx::pack_bf16x2(low, high);
   }
@@ -124,7 +126,7 @@ __device__ __forceinline__ void load_tile_elements(uint32_t smem_tile, Range val
                                                    const Rows& rows) {
   using Layout = TileLayout<kDim>;
 #pragma unroll 1
-  for (int id = threadIdx.x; id < kRows * Layout::kChunks; id += kThreads) {
+  for (int id = ptx::opaque(threadIdx.x); id < kRows * Layout::kChunks; id += kThreads) {
     const int row = id / Layout::kChunks, chunk = id % Layout::kChunks;
     uint32_t word[4] = {0, 0, 0, 0};
     if (valid.contains(row)) {

@@ -13,6 +13,15 @@
 
 namespace fal::ptx {
 
+// x, known only here: what rare code makes of it is not prepared outside of a loop, where it would
+// hold registers.
+__device__ __forceinline__ int opaque(int x) {
+#ifndef FAL_SIMT
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // ---- addresses
 // -------------------------------------------------------------------------------------
 

@@ -42,10 +42,10 @@ __device__ __forceinline__ void modify_scores(float (&s)[kM][kN8][4], const Scor
   }
 }
 
-// -inf where the band hides a key from a row.
+// `value` where the band hides a key from a row: -inf for scores, 0 for what is made of them.
 template <int kM, int kN8>
-__device__ __forceinline__ void mask_scores(float (&s)[kM][kN8][4], const Band& band, int row,
-                                            int key) {
+__device__ __forceinline__ void hide(float (&s)[kM][kN8][4], const Band& band, int row, int key,
+                                     float value) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -57,18 +57,18 @@ __device__ __forceinline__ void mask_scores(float (&s)[kM][kN8][4], const Band& 
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int j = n * 8 + e;
-          if (j < begin || j >= end) s[m][n][half * 2 + e] = -FAL_INFINITY;
+          if (j < begin || j >= end) s[m][n][half * 2 + e] = value;
         }
       }
     }
   }
 }
 
-// The same for transposed scores: element (m, n, e) is key m * 16 + e / 2 * 8 + g and row n * 8 +
-// 2c + e % 2. Keys behind the last have zeros for scores and are hidden too.
+// 0 in both where the band hides a key from a row, transposed: element (m, n, e) is key m * 16 + e
+// / 2 * 8 + g and row n * 8 + 2c + e % 2. Rows and keys behind the last are hidden too.
 template <int kM, int kN8>
-__device__ __forceinline__ void mask_scores_transposed(float (&s)[kM][kN8][4], const Band& band,
-                                                       int row, int key) {
+__device__ __forceinline__ void hide_transposed(float (&p)[kM][kN8][4], float (&ds)[kM][kN8][4],
+                                                const Band& band, int row, int key) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -81,7 +81,7 @@ __device__ __forceinline__ void mask_scores_transposed(float (&s)[kM][kN8][4], c
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int i = n * 8 + e;
-          if (i < begin || i >= end) s[m][n][half * 2 + e] = -FAL_INFINITY;
+          if (i < begin || i >= end) p[m][n][half * 2 + e] = ds[m][n][half * 2 + e] = 0.f;
         }
       }
     }
