@@ -9,8 +9,9 @@
 // aligned and owned by one sequence.
 #pragma once
 
+#include "../core/dispatch.h"
 #include "../core/problem.h"
-#include "mma_sm80.cuh"
+#include "softmax.cuh"
 
 namespace fal::cuda {
 
@@ -104,11 +105,22 @@ struct DqTile {
   }
 };
 
-// ---- launches
-// ------------------------------------------------------------------------------------ All are of
-// element type Shape::dtype. Rows that belong to no sequence are cleared as well.
+// ---- launches -----------------------------------------------------------------------------------
+// All are of element type Shape::dtype. Rows that belong to no sequence are cleared as well.
 cudaError_t backward_prepare(const BackwardArgs& args, cudaStream_t stream);
 cudaError_t backward_convert_dq(const BackwardArgs& args, cudaStream_t stream);
 cudaError_t backward_sinks(const BackwardArgs& args, cudaStream_t stream);
+
+// launch_main(head-dim class, score modification) for the class that the workspace is of.
+template <int... kHeadDims, class Launch>
+cudaError_t launch_backward(const BackwardArgs& args, const Launch& launch_main) {
+  cudaError_t error = cudaErrorInvalidValue;
+  dispatch_int<kHeadDims...>(args.workspace.padded_dim, [&](auto dim) {
+    error = plain_scores(args.problem.forward.score, args.aligned)
+                ? launch_main(dim, NoScoreMod{})
+                : launch_main(dim, GeneralScoreMod{});
+  });
+  return error;
+}
 
 }  // namespace fal::cuda

@@ -59,19 +59,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 // ---- launcher -----------------------------------------------------------------------------------
 template <class T>
 cudaError_t flash1_backward_of(const BackwardArgs& args, cudaStream_t stream) {
-  const ForwardProblem& forward = args.problem.forward;
-  const bool plain = forward.score.plain() && forward.score.scale > 0.f && args.aligned;
-  cudaError_t error = cudaErrorInvalidValue;
-  dispatch_int<64, 128, 256>(args.workspace.padded_dim, [&](auto dim) {
-    const auto run = [&](auto mod) {
-      using Config = Flash1BackwardConfig<T, dim.value, decltype(mod)>;
-      error =
-          launch(flash1_backward_kernel<Config>, dim3(forward.shape.heads_k, forward.shape.batch),
-                 Config::kThreads, sizeof(Flash2BackwardSmem<Config>), stream, args);
-    };
-    plain ? run(NoScoreMod{}) : run(GeneralScoreMod{});
+  const Shape& shape = args.problem.forward.shape;
+  return launch_backward<64, 128, 256>(args, [&](auto dim, auto mod) {
+    using Config = Flash1BackwardConfig<T, dim.value, decltype(mod)>;
+    return launch(flash1_backward_kernel<Config>, dim3(shape.heads_k, shape.batch),
+                  Config::kThreads, sizeof(Flash2BackwardSmem<Config>), stream, args);
   });
-  return error;
 }
 
 }  // namespace fal::cuda

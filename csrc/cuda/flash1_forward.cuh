@@ -424,13 +424,12 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 }
 
 // ---- launcher -----------------------------------------------------------------------------------
-// The smallest head-dim class that holds both head dims; the plain kernel where nothing but a
-// positive scale and the band touches the scores.
+// The smallest head-dim class that holds both head dims.
 template <class T>
 cudaError_t flash1_forward_of(const ForwardProblem& problem, void* workspace, cudaStream_t stream) {
   const Shape& shape = problem.shape;
   const bool aligned = rows_aligned(problem);
-  const bool plain = problem.score.plain() && problem.score.scale > 0.f && aligned;
+  const bool plain = plain_scores(problem.score, aligned);
   cudaError_t error = cudaErrorInvalidValue;
   dispatch_at_least<64, 128, 256>(max_int(shape.head_dim, shape.head_dim_v), [&](auto dim) {
     const Flash1ForwardArgs args{

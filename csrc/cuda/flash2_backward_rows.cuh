@@ -218,19 +218,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 template <class T>
 cudaError_t flash2_backward_rows_of(const BackwardArgs& args, cudaStream_t stream) {
   const ForwardProblem& forward = args.problem.forward;
-  const bool plain = forward.score.plain() && forward.score.scale > 0.f && args.aligned;
-  cudaError_t error = cudaErrorInvalidValue;
-  dispatch_int<64, 128, 192, 256>(args.workspace.padded_dim, [&](auto dim) {
-    const auto run = [&](auto mod) {
-      using Config = Flash2BackwardRowsConfig<T, dim.value, decltype(mod)>;
-      const dim3 grid(ceil_div(forward.lengths.seqlen_q, Config::kTileM), forward.shape.heads_q,
-                      forward.shape.batch);
-      error = launch(flash2_backward_rows_kernel<Config>, grid, Config::kThreads,
-                     sizeof(Flash2BackwardRowsSmem<Config>), stream, args);
-    };
-    plain ? run(NoScoreMod{}) : run(GeneralScoreMod{});
+  return launch_backward<64, 128, 192, 256>(args, [&](auto dim, auto mod) {
+    using Config = Flash2BackwardRowsConfig<T, dim.value, decltype(mod)>;
+    const dim3 grid(ceil_div(forward.lengths.seqlen_q, Config::kTileM), forward.shape.heads_q,
+                    forward.shape.batch);
+    return launch(flash2_backward_rows_kernel<Config>, grid, Config::kThreads,
+                  sizeof(Flash2BackwardRowsSmem<Config>), stream, args);
   });
-  return error;
 }
 
 }  // namespace fal::cuda

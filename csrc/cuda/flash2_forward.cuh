@@ -296,13 +296,12 @@ cudaError_t launch_flash2_forward(const Flash2ForwardArgs& args, cudaStream_t st
                 sizeof(Flash2ForwardSmem<Config>), stream, args);
 }
 
-// The kernel for a problem whose q is of T: the smallest head-dim class that holds both head dims;
-// the plain kernel where nothing but a positive scale and the band touches the scores.
+// The kernel for a problem whose q is of T: the smallest head-dim class that holds both head dims.
 template <class T>
 cudaError_t flash2_forward_of(const ForwardProblem& problem, cudaStream_t stream) {
   const Shape& shape = problem.shape;
   const Flash2ForwardArgs args{problem, rows_aligned(problem)};
-  const bool plain = problem.score.plain() && problem.score.scale > 0.f && args.aligned;
+  const bool plain = plain_scores(problem.score, args.aligned);
   cudaError_t error = cudaErrorInvalidValue;
   dispatch_at_least<64, 128, 192, 256>(max_int(shape.head_dim, shape.head_dim_v), [&](auto dim) {
     const auto with_kv = [&](auto kv_tag) {

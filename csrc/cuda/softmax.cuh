@@ -24,6 +24,12 @@ __device__ __forceinline__ ScoreMod make_score_mod(const ScoreOptions& options, 
   }
 }
 
+// Whether the kernels for plain scores serve: nothing but a positive scale and the masks touches
+// the scores, and rows may be copied 16 bytes at a time.
+inline bool plain_scores(const ScoreOptions& options, bool aligned) {
+  return options.plain() && options.scale > 0.f && aligned;
+}
+
 // The score of every visible element, in place: from q.k to the softmax's argument (natural log).
 // (row, key) is the lane's first element. Only called for modifications beyond the plain scale.
 template <class ScoreMod, int kM, int kN8>
