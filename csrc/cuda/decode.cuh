@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     return steps.empty() ? KvPlace{0, 0} : kv.find(first_key(step), keys, lane);
   };
 
-  load_tile<T, kDim, kTileM, Config::kThreads, true>(
+  load_tile<T, kDim, kTileM, Config::kThreads, true, /*kInLoop=*/false>(
       smem_q, {0, rows}, shape.head_dim, args.q_aligned,
       GroupedRows<T>{problem.q.as<const T>(), seq.row_q, b, first_head, args.group, first_row});
   ptx::cp_async_commit();

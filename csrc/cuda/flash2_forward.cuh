@@ -55,6 +55,9 @@ struct Flash2ForwardConfig {
                                       : kWideWarps              ? (kHeadDim <= 64 ? 3 : 2)
                                       : kPaged && kHeadDim > 64 ? 1
                                                                 : 2;
+  // Whether a tile is only partly visible is kept until its V is used, or asked of the cursor a
+  // second time: what ptxas finds registers for. The other way spills 4 to 48 bytes each time.
+  static constexpr bool kKeepsKind = ScoreMod::kGeneral ? kHeadDim > 64 : kPaged&& kHeadDim <= 64;
 };
 
 template <class Config>
@@ -174,11 +177,9 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
   Tile tile;
   bool more = cursor.next(&tile);
   int tile_key = tile.range.begin;
-  // Whether the tile holds something that some row may not see. The modified scores have no
-  // registers for the cursor's interval while they are computed, the plain ones none for the
-  // answer.
+  // Whether the tile holds something that some row may not see.
   bool partial = tile.kind == TileKind::kPartial || tile.range.size() < kTileN;
-  const auto masked = [&] { return ScoreMod::kGeneral ? partial : !cursor.full(tile_key); };
+  const auto masked = [&] { return Config::kKeepsKind ? partial : !cursor.full(tile_key); };
   if (more) {
     load_tile<T, kDim, Config::kTileM, Config::kThreads, ScoreMod::kGeneral>(
         smem_q, {0, rows.size()}, shape.head_dim, args.aligned, rows_of_q(seq.row_q));

@@ -120,13 +120,15 @@ __device__ __forceinline__ void load_tile_async(uint32_t smem_tile, Range valid,
   }
 }
 
-// The same for rows that are not 16-byte aligned: element by element, through registers.
-template <class T, int kDim, int kRows, int kThreads, class Rows>
+// The same for rows that are not 16-byte aligned: element by element, through registers. kInLoop:
+// in the kernel's main loop, whose registers it must not hold.
+template <class T, int kDim, int kRows, int kThreads, bool kInLoop = true, class Rows>
 __device__ __forceinline__ void load_tile_elements(uint32_t smem_tile, Range valid, int dim,
                                                    const Rows& rows) {
   using Layout = TileLayout<kDim>;
 #pragma unroll 1
-  for (int id = ptx::opaque(threadIdx.x); id < kRows * Layout::kChunks; id += kThreads) {
+  for (int id = kInLoop ? ptx::opaque(threadIdx.x) : static_cast<int>(threadIdx.x);
+       id < kRows * Layout::kChunks; id += kThreads) {
     const int row = id / Layout::kChunks, chunk = id % Layout::kChunks;
     uint32_t word[4] = {0, 0, 0, 0};
     if (valid.contains(row)) {
@@ -143,11 +145,12 @@ __device__ __forceinline__ void load_tile_elements(uint32_t smem_tile, Range val
 }
 
 // kMayBeUnaligned: the kernel has both paths and `aligned`, the same for the whole launch, chooses.
-template <class T, int kDim, int kRows, int kThreads, bool kMayBeUnaligned, class Rows>
+template <class T, int kDim, int kRows, int kThreads, bool kMayBeUnaligned, bool kInLoop = true,
+          class Rows>
 __device__ __forceinline__ void load_tile(uint32_t smem_tile, Range valid, int dim, bool aligned,
                                           const Rows& rows) {
   if (kMayBeUnaligned && !aligned) {
-    load_tile_elements<T, kDim, kRows, kThreads>(smem_tile, valid, dim, rows);
+    load_tile_elements<T, kDim, kRows, kThreads, kInLoop>(smem_tile, valid, dim, rows);
   } else {
     load_tile_async<T, kDim, kRows, kThreads>(smem_tile, valid, dim, rows);
   }
