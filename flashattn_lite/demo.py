@@ -124,6 +124,7 @@ def errors(feature: Case) -> tuple[Error, Error]:
             lambda *t, **o: reference.attention(*t, **o, precision=precision),
             inputs,
             inputs.reference_options(),
+            dtype=torch.float64 if precision == torch.float64 else None,
         )
 
     def mine(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -138,7 +139,7 @@ def errors(feature: Case) -> tuple[Error, Error]:
     theirs = gradients_of(_sdpa(feature), inputs, options) if sdpa_has(feature) else low
 
     def error(name: str, pick: Callable[[Gradients], Tensor], factor: float) -> Error:
-        exact, rounded = pick(truth).double(), pick(low)
+        exact, rounded = pick(truth), pick(low)
         allowed = error_budget(exact, rounded, feature.dtype, factor, largest_score=largest)
         return Error(_worst(pick(ours), exact), _worst(pick(theirs), exact), allowed)
 

@@ -72,7 +72,8 @@ def check(
 ) -> None:
     """out, lse and every gradient within the budget of the reference with the dense mask."""
     options = inputs.reference_options() | {"block_mask": mask}
-    truth = gradients_of(reference.attention, inputs, options | {"precision": torch.float64})
+    wide = {"precision": torch.float64}
+    truth = gradients_of(reference.attention, inputs, options | wide, dtype=torch.float64)
     low = gradients_of(
         reference.attention, inputs, options | {"precision": dtype, "kernel_backward": True}
     )
