@@ -4,7 +4,6 @@ when a gradient is needed. What the options mean, exactly: docs/semantics.md and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,12 @@ from torch.autograd import forward_ad
 from typing_extensions import Unpack
 
 from flashattn_lite import _argument_types, _checks, _ops, reference
+from flashattn_lite._autograd import (
+    Attention,
+    TransformableAttention,
+    apply_plain,
+    refuse_tangents,
+)
 from flashattn_lite.block_mask import BlockMask
 
 __all__ = ["attention", "draw_dropout_seed"]
@@ -29,152 +34,6 @@ def draw_dropout_seed() -> Tensor:
     torch.Size([1])
     """
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
-
-
-_REMEDY = (
-    "use float64 inputs or flashattn_lite.reference.attention, which torch differentiates any "
-    "number of times"
-)
-
-
-class _Attention(torch.autograd.Function):
-    """The operator pair. Arguments: those that have a gradient singly, the operator's others
-    in one tuple (every argument of an autograd.Function costs a tiny call 0.3 us)."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        outputs = _TransformableAttention.forward(*inputs)
-        _TransformableAttention.setup_context(ctx, inputs, outputs)
-        return outputs
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-        out, lse, q, k, v, *options = ctx.saved_tensors
-        _, _, _, need_dsinks, need_dbias, *_ = ctx.needs_input_grad
-        if dout is None:
-            dout = torch.zeros_like(out)
-        arguments = (
-            *(dout, dlse, q, k, v, out, lse),
-            *(*options[:8], *ctx.max_seqlens, *options[8:], *ctx.numbers),
-            *(ctx.deterministic, need_dsinks, need_dbias, ctx.backend),
-        )
-        try:
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-                gradients = _Backward.apply(ctx.caller, *arguments)  # type: ignore[no-untyped-call]
-            else:
-                gradients = _ops.backward(*arguments)
-        except RuntimeError as error:
-            raise _ops.argument_error(error, f"{ctx.caller} (backward)") from None
-        dq, dk, dv, dsinks, dbias = gradients
-        return (
-            *(dq, dk, dv, dsinks if need_dsinks else None, dbias if need_dbias else None),
-            *(None, None, None),
-        )
-
-
-class _PlainAttention(torch.autograd.Function):
-    """``_Attention`` without options and without an LSE: half its cost on tiny tensors. Not for
-    tracing, nor for torch.func."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        options: tuple[float, int, int],  # softmax_scale, left, right
-        rest: tuple[bool, str],  # deterministic, name
-    ) -> Tensor:
-        out, lse = _ops.forward_plain_untraced(q, k, v, *options)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options, ctx.rest = options, rest
-        return out  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        deterministic, name = ctx.rest
-        saved = ctx.saved_tensors
-        try:
-            if torch.is_grad_enabled():  # create_graph=True
-                q, k, v, out, lse = saved
-                numbers = ("softmax_scale", "window_left", "window_right")
-                given = dict(zip(numbers, ctx.options, strict=True), softcap=0.0, dropout_p=0.0)
-                given |= {"max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1]}
-                arguments = (
-                    *(dout, None, q, k, v, out, lse),
-                    *map(given.get, _ops.FORWARD_ARGUMENTS[3:-1]),
-                    *(deterministic, False, False, "auto"),
-                )
-                dq, dk, dv, *_ = _Backward.apply(name, *arguments)  # type: ignore[no-untyped-call]
-            else:
-                dq, dk, dv = _ops.backward_plain_untraced(dout, *saved, *ctx.options, deterministic)
-        except RuntimeError as error:
-            raise _ops.argument_error(error, f"{name} (backward)") from None
-        return dq, dk, dv, None, None
-
-
-# Without what Function.apply does for torch.func and default arguments: 4 us.
-_apply_plain: Callable[..., Tensor] = super(torch.autograd.Function, _PlainAttention).apply
-
-
-class _TransformableAttention(torch.autograd.Function):
-    """The same in the form that torch.func's transforms take; a call costs 26 us more."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        sinks: Tensor | None,
-        bias: Tensor | None,
-        others: tuple[Any, ...],
-        name: str,
-        deterministic: bool,
-    ) -> tuple[Tensor, Tensor]:
-        lengths, slopes, tensors, numbers = others[:10], others[10], others[11:14], others[14:]
-        out, lse = _ops.forward(q, k, v, *lengths, slopes, sinks, bias, *tensors, *numbers)
-        return out, lse
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, sinks, bias, others, ctx.caller, ctx.deterministic = inputs
-        lengths, slopes, tensors, numbers = others[:10], others[10], others[11:14], others[14:]
-        ctx.save_for_backward(*output, q, k, v, *lengths[:8], slopes, sinks, bias, *tensors)
-        ctx.max_seqlens, ctx.numbers, ctx.backend = lengths[8:], numbers[:-1], numbers[-1]
-        ctx.set_materialize_grads(False)
-
-    backward = _Attention.backward
-
-
-class _Backward(torch.autograd.Function):
-    """The backward operator where its results might be differentiated: that raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(_name: str, *arguments: Any) -> Any:
-        return _ops.backward(*arguments)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.caller = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *_gradients: Tensor) -> None:
-        raise RuntimeError(
-            f"{ctx.caller}: second derivatives are not implemented by the kernels; {_REMEDY}"
-        )
-
-
-def _refuse_tangents(name: str, *tensors: Tensor | None) -> None:
-    """Forward-mode differentiation would pass the operators by and give zeros."""
-    for t in tensors:
-        if t is not None and forward_ad.unpack_dual(t).tangent is not None:  # type: ignore[no-untyped-call]
-            raise NotImplementedError(
-                f"{name}: forward-mode differentiation is not implemented by the kernels; {_REMEDY}"
-            )
 
 
 def _window(window: Any, causal: bool, name: str) -> tuple[int, int]:
@@ -411,7 +270,7 @@ def attention(
         )
         return (out, lse) if return_lse else out
     if forward_ad._current_level >= 0:
-        _refuse_tangents(name, q, k, v, sinks, bias)
+        refuse_tangents(name, q, k, v, sinks, bias)
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad
         or k.requires_grad
@@ -444,7 +303,7 @@ def attention(
                 return (out, lse) if return_lse else out
             if not (return_lse or transformed or torch.compiler.is_compiling()):
                 options, rest = (softmax_scale, left, right), (deterministic, name)
-                return _apply_plain(q, k, v, options, rest)
+                return apply_plain(q, k, v, options, rest)
         max_seqlen_q = _max_seqlen(max_seqlen_q, cu_seqlens_q, q, name, "max_seqlen_q")
         max_seqlen_k = _max_seqlen(max_seqlen_k, cu_seqlens_k, k, name, "max_seqlen_k")
         if needs_grad and bias is not None and bias.requires_grad:
@@ -462,7 +321,7 @@ def attention(
         )
         if needs_grad:
             others = (*lengths, *numbers)
-            function: Any = _TransformableAttention if transformed else _Attention
+            function: Any = TransformableAttention if transformed else Attention
             out, lse = function.apply(q, k, v, sinks, bias, others, name, deterministic)
         else:
             out, lse = _ops.forward(q, k, v, *lengths, sinks, bias, *numbers)
@@ -517,7 +376,7 @@ def plain_attention(
                 return _ops.forward_plain_untraced(q, k, v, softmax_scale, -1, right)[0]  # type: ignore[no-any-return]
             if torch._C._functorch.maybe_current_level() is None:
                 options, rest = (softmax_scale, -1, right), (deterministic, name)
-                return _apply_plain(q, k, v, options, rest)
+                return apply_plain(q, k, v, options, rest)
         except RuntimeError as error:
             _argument_types.dense(name, q=q, k=k, v=v)
             raise _ops.argument_error(error, name) from None

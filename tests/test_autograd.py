@@ -207,8 +207,8 @@ def test_the_plain_operators_give_the_same_bits(window: tuple[int | None, int | 
     dout = torch.randn(2, 9, 4, 24)
     plain = attention(q, k, v, window=window, softmax_scale=0.3)
     general, _ = attention(q, k, v, window=window, softmax_scale=0.3, return_lse=True)
-    assert plain.grad_fn.name() == "_PlainAttentionBackward"  # type: ignore[union-attr]
-    assert general.grad_fn.name() == "_AttentionBackward"  # type: ignore[union-attr]
+    assert plain.grad_fn.name() == "PlainAttentionBackward"  # type: ignore[union-attr]
+    assert general.grad_fn.name() == "AttentionBackward"  # type: ignore[union-attr]
     assert torch.equal(plain, general)
     for ours, theirs in zip(
         torch.autograd.grad(plain, (q, k, v), dout),
