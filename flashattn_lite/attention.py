@@ -320,6 +320,12 @@ def attention(
             *(softmax_scale, softcap, left, right, dropout_p, backend),
         )
         if needs_grad:
+            for argument, t in (("q", q), ("v", v)):
+                if t.shape[-1] > 256:
+                    raise _ops.ArgumentError(
+                        f"{name}: {argument} has head_dim {t.shape[-1]}; it must be 1 to 256 where "
+                        "a gradient is wanted"
+                    )
             others = (*lengths, *numbers)
             function: Any = TransformableAttention if transformed else Attention
             out, lse = function.apply(q, k, v, sinks, bias, others, name, deterministic)

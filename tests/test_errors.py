@@ -63,8 +63,9 @@ BAD: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (attention, qkv(q=R(2, 6, 4, 9)), "k has head_dim 8 but q has 9"),
     (attention, qkv(q=R(3, 6, 4, 8)), "k has batch 2 but q has batch 3"),
     (attention, qkv(q=R(2, 6, 6, 8)), "q has 6 heads but k has 4; heads_q must be a multiple of"),
-    (attention, {n: R(1, 2, 1, 257) for n in "qkv"}, "q has head_dim 257; it must be 1 to 256"),
-    (attention, {n: R(1, 2, 1, 0) for n in "qkv"}, "q has head_dim 0; it must be 1 to 256"),
+    (attention, {n: R(1, 9, 1, 257) for n in "qkv"}, "q has head_dim 257; it must be 1 to 256"),
+    (attention, {n: R(1, 2, 1, 577) for n in "qkv"}, "q has head_dim 577; it must be 1 to 576"),
+    (attention, {n: R(1, 9, 1, 0) for n in "qkv"}, "q has head_dim 0; it must be 1 to 256"),
     (attention, qkv(sinks=R(3)), "sinks has shape (3,); it must be (4,)"),
     (
         attention,
@@ -156,7 +157,13 @@ def test_a_bad_argument_is_named(
 def test_the_reference_path_refuses_the_same(arguments: dict[str, Any], text: str) -> None:
     """float64 goes through the reference: what the operator refuses must be refused there too,
     except where float64 is what makes it right."""
-    legal = ("head_dim 257", "bias is float64", "alibi_slopes is float16", "max_seqlen_q is 31")
+    legal = (
+        "head_dim 257",
+        "head_dim 577",
+        "bias is float64",
+        "alibi_slopes is float16",
+        "max_seqlen_q is 31",
+    )
     if any(part in text for part in legal):
         pytest.skip("not an error through the reference")
     with pytest.raises(ArgumentError, match=r"^attention: "):

@@ -17,8 +17,8 @@ from flashattn_lite.sdpa import scaled_dot_product_attention, use_as_sdpa
 TORCH_SDPA = functional.scaled_dot_product_attention
 
 
-def call(head_dim: int = 8) -> Tensor:
-    t = torch.ones(1, 2, 4, head_dim)
+def call(head_dim: int = 8, rows: int = 4) -> Tensor:
+    t = torch.ones(1, 2, rows, head_dim)
     return functional.scaled_dot_product_attention(t, t, t)
 
 
@@ -117,11 +117,11 @@ def test_asyncio_tasks_are_apart() -> None:
 
 def test_what_cannot_run_raises_or_is_counted() -> None:
     with use_as_sdpa(), pytest.raises(ArgumentError, match="head_dim 300; it must be 1 to 256"):
-        call(300)
+        call(300, 9)
     with use_as_sdpa(unsupported="torch") as calls:
-        out = call(300)
+        out = call(300, 9)
         call()
-    assert torch.equal(out, torch.ones(1, 2, 4, 300))
+    assert torch.equal(out, torch.ones(1, 2, 9, 300))
     assert calls.ours == 1 and calls.torch == {"q has head_dim 300; it must be 1 to 256": 1}
     nested = torch.nested.nested_tensor([torch.ones(2, 3, 8), torch.ones(2, 5, 8)])
     with use_as_sdpa(), pytest.raises(ArgumentError, match="nested tensors cannot run on"):

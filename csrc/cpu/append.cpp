@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../core/head_dims.h"
+
 namespace fal::cpu {
 namespace {
 
@@ -78,7 +80,7 @@ void append(const AppendProblem& p, const ThreadPool& pool) {
           cache.pages.block_table[b * cache.pages.table_stride + position / cache.pages.page_size];
       slot = position % cache.pages.page_size;
     }
-    float row[256];
+    float row[kMaxDecodeHeadDim];
     for (int32_t h = 0; h < p.heads_k; ++h) {
       const int64_t k_row = offset_of(p.k, b, first + i, h),
                     v_row = offset_of(p.v, b, first + i, h);

@@ -1,14 +1,16 @@
 // Attention of a few query rows over many keys: FlashAttention-2's decoding with split keys
 // ("Flash-Decoding"). Bound by reading K/V, so the query rows of all heads that share a K/V head
-// (and of the few tokens of a speculative step) are folded into one tile: each element of K and V
-// is loaded and converted once.
+// (and of the few tokens of a speculative step) are folded into one tile, and all heads of a tile
+// of keys are walked together: each element of K and V is loaded and converted once, in the order
+// of memory.
 //
-// An item is one part of the keys of one (batch entry, K/V head). Parts depend on the number of
-// visible keys alone, never on threads or on the rest of the batch, and whoever finishes a
-// sequence's last part merges them in order: results are the same bits for any number of threads
-// and any batch around a sequence.
+// An item is some heads of one part of the keys of one batch entry. Parts depend on the number of
+// visible keys alone, never on threads or on the rest of the batch, whoever finishes a sequence's
+// last part merges them in order, and how heads are gathered changes nothing: results are the same
+// bits for any number of threads and any batch around a sequence.
 #pragma once
 
+#include "../core/head_dims.h"
 #include "../core/online_softmax.h"
 #include "decode_tile.h"
 #include "parallel.h"
@@ -17,300 +19,377 @@
 
 namespace fal::cpu::FAL_CPU_ISA {
 
-// Sequences of at most so many query tokens, and rows with their group folded in, decode; for more
-// the prefill path's register tiles win.
-constexpr int kDecodeTokens = 8, kDecodeRows = 32;
-constexpr int kDecodePart = 512;  // keys of a part, at least: a part's set-up is then under 2 %
-constexpr int kDecodeParts = 64;  // of one sequence, at most
+// Sequences of at most kDecodeTokens query tokens and so many rows, with their group folded in,
+// decode; for more the prefill path's register tiles win. Wider heads than that takes have no
+// limit.
+constexpr int kDecodeRows = 32;
+constexpr int kDecodePart = 512;    // keys of a part, at least: a part's set-up is then under 2 %
+constexpr int kDecodeParts = 64;    // of one sequence, at most
+constexpr int kDecodeFewParts = 8;  // the same for more than kDecodeRows rows: states are large
 
 // By the tokens in use, so that padding a sequence does not change its bits.
 FAL_INLINE bool decodes(const ForwardProblem& p, int64_t seqlen_q) {
-  if (p.score.dropout_threshold || p.block_mask.given() || p.shape.heads_k == 0) return false;
-  const int group = p.shape.heads_q / p.shape.heads_k;
-  return seqlen_q >= 1 && seqlen_q <= kDecodeTokens && seqlen_q * group <= kDecodeRows;
+  const Shape& s = p.shape;
+  if (p.score.dropout_threshold || p.block_mask.given() || s.heads_k == 0) return false;
+  if (seqlen_q < 1 || seqlen_q > kDecodeTokens) return false;
+  const bool wide = s.head_dim > kMaxHeadDim || s.head_dim_v > kMaxHeadDim;
+  return wide || seqlen_q * (s.heads_q / s.heads_k) <= kDecodeRows;
 }
 
-struct DecodeParts {
-  Range seen;  // keys that some row sees
-  int size, count;
+// How one sequence's work is cut.
+struct DecodeCut {
+  Range seen;             // keys that some row sees
+  int part_keys, parts;   // by the number of those and of rows alone
+  int rows;               // query rows of a K/V head, tokens outermost
+  int m, passes;          // rows that share a load; rows / m, rounded up
+  int most_heads, items;  // heads of an item, a power of two; items of one part
 
-  FAL_INLINE static DecodeParts make(const ForwardProblem& p, const Sequence& seq) {
-    if (seq.seqlen_q < 1) return {{0, 0}, kDecodePart, 1};
-    const Range seen =
-        Band::make(seq.seqlen_q, seq.seqlen_k, p.window).keys_of_any({0, seq.seqlen_q});
-    const int keys = seen.size();
-    const int size = max_int(kDecodePart, round_up(ceil_div(keys, kDecodeParts), kDecodeKeys));
-    return {seen, size, max_int(1, ceil_div(keys, size))};
+  FAL_INLINE static DecodeCut make(const ForwardProblem& p, const Sequence& seq, int most_heads) {
+    DecodeCut cut{};
+    cut.seen = Band::make(seq.seqlen_q, seq.seqlen_k, p.window).keys_of_any({0, seq.seqlen_q});
+    const int keys = cut.seen.size();
+    cut.rows = seq.seqlen_q * (p.shape.heads_q / p.shape.heads_k);
+    const int most_parts = cut.rows <= kDecodeRows ? kDecodeParts : kDecodeFewParts;
+    cut.part_keys = max_int(kDecodePart, round_up(ceil_div(keys, most_parts), kDecodeKeys));
+    cut.parts = max_int(1, ceil_div(keys, cut.part_keys));
+    cut.m = 1;
+    while (cut.m < cut.rows && cut.m < kDecodeGroup) cut.m *= 2;
+    cut.passes = ceil_div(cut.rows, cut.m);
+    cut.most_heads = min_int(most_heads, kDecodeColumns / cut.m);
+    cut.items =
+        p.shape.heads_k / cut.most_heads + __builtin_popcount(p.shape.heads_k % cut.most_heads);
+    return cut;
+  }
+
+  // The heads of item i of a part: as many as possible, what remains in smaller powers of two.
+  FAL_INLINE Range heads(int heads_k, int i) const {
+    int first = 0, count = most_heads;
+    for (;; first += count, --i) {
+      while (first + count > heads_k) count /= 2;
+      if (i == 0) return {first, first + count};
+    }
+  }
+  FAL_INLINE Range keys(int part) const {
+    const int begin = seen.begin + part * part_keys;
+    return {begin, min_int(begin + part_keys, seen.end)};
   }
 };
 
 struct DecodePlan {
   ForwardProblem problem;
-  int group, rows;  // query heads of a K/V head; most rows of an item, in whole groups
+  int group;  // query heads of a K/V head
   int out_ld;
+  int most_heads;       // of an item
+  int columns, lanes;   // of an item over all passes, at most; lanes: in whole vectors
   bool general;         // a score modification is on
   int64_t* first_item;  // (batch + 1)
   int32_t* parts_left;  // (batch, heads_k)
-  float* partial;       // (items, partial_size()): max, sum [rows], out [rows][out_ld]
-  FAL_INLINE int64_t partial_size() const { return static_cast<int64_t>(rows) * (2 + out_ld); }
+  float* partial;       // (items, partial_size())
+
+  FAL_INLINE DecodeCut cut(const Sequence& seq) const {
+    return DecodeCut::make(problem, seq, most_heads);
+  }
+  FAL_INLINE int64_t partial_size() const {
+    return 2 * lanes + static_cast<int64_t>(columns) * out_ld;
+  }
 };
 
-// The state of an item's rows: maximum (base 2), sum and unnormalised output.
+// The state of an item's columns: maximum (base 2) and sum, [pass][column_ld]; unnormalised output,
+// [pass][column][out_ld].
 struct DecodeState {
   float *max, *sum, *out;
 
-  FAL_INLINE static DecodeState at(float* memory, int rows) {
-    return {memory, memory + rows, memory + 2 * rows};
+  FAL_INLINE static DecodeState at(float* memory, const DecodePlan& plan) {
+    return {memory, memory + plan.lanes, memory + 2 * plan.lanes};
   }
 };
 
 struct DecodeScratch {
-  float *q, *scores, *state;
+  float *q, *scores, *state, *alpha, *slope;
+  int32_t *begin, *end, *position;
 
   FAL_INLINE static DecodeScratch place(ScratchCursor* cursor, const DecodePlan& plan) {
     DecodeScratch s;
-    s.q = cursor->take<float>(plan.rows * round_up(plan.problem.shape.head_dim, kLanes));
-    s.scores = cursor->take<float>((kDecodeKeys + kLanes) * kDecodeGroup);
+    s.q = cursor->take<float>(plan.columns * round_up(plan.problem.shape.head_dim, kLanes));
+    s.scores = cursor->take<float>(kDecodeKeys * max_int(kDecodeColumns, kLanes));
     s.state = cursor->take<float>(plan.partial_size());
+    s.alpha = cursor->take<float>(max_int(kDecodeColumns, kLanes));
+    s.slope = cursor->take<float>(plan.lanes);
+    s.begin = cursor->take<int32_t>(plan.lanes);
+    s.end = cursor->take<int32_t>(plan.lanes);
+    s.position = cursor->take<int32_t>(plan.lanes);
     return s;
   }
 };
 
-// M of the rows, and the options as their lanes use them. Row r is query token r / group of head
-// r % group.
-template <int M>
-struct DecodeLanes {
-  Int begin, end;  // keys that the row sees
-  Int position;    // i + shift, where ALiBi's distance is 0
-  Float slope;
-  Range seen[M];
+// What one item works on.
+struct DecodeItem {
+  const DecodePlan& plan;
+  const Sequence& seq;
+  const Band& band;
+  int b, rows, m, passes;
+  DecodeHeads heads;
 
-  FAL_INLINE static DecodeLanes make(const DecodePlan& plan, const Band& band, int b, int hk,
-                                     int first_row, int rows) {
-    DecodeLanes lanes{};
-    for (int i = 0; i < M; ++i) {
-      const int row = first_row + i, token = row / plan.group;
-      const bool real = row < rows;
-      lanes.seen[i] = real ? band.keys_of(token) : Range{0, 0};
-      const float slope =
-          real ? plan.problem.score.alibi_slope(b, hk * plan.group + row % plan.group) : 0.f;
-      for (int l = i; l < kLanes; l += M) {
-        lanes.begin[l] = lanes.seen[i].begin;
-        lanes.end[l] = lanes.seen[i].end;
-        lanes.position[l] = token + band.shift();
-        lanes.slope[l] = slope;
-      }
-    }
-    return lanes;
+  FAL_INLINE int columns() const { return heads.count * m; }
+  FAL_INLINE int column_ld() const { return max_int(columns(), kLanes); }  // of a pass
+  FAL_INLINE int column_shift() const { return __builtin_ctz(columns()); }
+
+  // Row r of the item's head h is query token r / group of query head
+  // (heads.first + h) * group + r % group: column h * m + r % m of pass r / m.
+  FAL_INLINE int token(int r) const { return r / plan.group; }
+  FAL_INLINE int head_q(int h, int r) const {
+    return (heads.first + h) * plan.group + r % plan.group;
   }
 };
 
+// What each column sees and how its scores are modified, repeated up to whole vectors.
+static FAL_NOINLINE void fill_columns(const DecodeItem& item, const DecodeScratch& s) {
+  const int columns = item.columns();
+  for (int at = 0; at < item.passes * item.column_ld(); ++at) {
+    const int c = at % item.column_ld() % columns, h = c / item.m;
+    const int r = at / item.column_ld() * item.m + c % item.m;
+    const bool real = r < item.rows;
+    const Range seen = real ? item.band.keys_of(item.token(r)) : Range{0, 0};
+    s.begin[at] = seen.begin;
+    s.end[at] = seen.end;
+    s.position[at] = real ? item.token(r) + item.band.shift() : 0;
+    s.slope[at] = real ? item.plan.problem.score.alibi_slope(item.b, item.head_q(h, r)) : 0.f;
+  }
+}
+
 // From products to softmax arguments in base 2, the twin of modify_panel().
-template <int M>
-FAL_INLINE void decode_modify(const DecodePlan& plan, const DecodeLanes<M>& lanes, int b, int hk,
-                              int first_row, int rows, int begin, int n, float* scores) {
-  const ScoreOptions& score = plan.problem.score;
+static FAL_NOINLINE void decode_modify(const DecodeItem& item, const DecodeScratch& s, int pass,
+                                       int begin, int n, float* scores) {
+  const ScoreOptions& score = item.plan.problem.score;
   const Bias& bias = score.bias;
-  for (int r = 0; r < n; r += kLanes / M) {
-    const Int key = lane_key<M>() + (begin + r);
-    Float x = load(scores + r * M) * score.scale;
+  const int columns = item.columns(), shift = item.column_shift();
+  for (int at = 0; at < n * columns; at += kLanes) {
+    const int c = at & (item.column_ld() - 1), lanes = pass * item.column_ld() + c;
+    const Int key = (iota() >> shift) + (begin + (at >> shift));
+    Float x = load(scores + at) * score.scale;
     if (score.softcap > 0.f) x = tanh(x * (1.f / score.softcap)) * score.softcap;
     if (bias.data) {
       float values[kLanes] = {};
       dispatch_element(bias.dtype, [&](auto element) {
-        const auto* data = static_cast<const decltype(element)*>(bias.data) + b * bias.batch;
+        const auto* data = static_cast<const decltype(element)*>(bias.data) + item.b * bias.batch;
         for (int l = 0; l < kLanes; ++l) {
-          const int row = first_row + l % M, j = begin + r + l / M;
-          if (row >= rows || r + l / M >= n) continue;
-          const int64_t head = hk * plan.group + row % plan.group;
-          values[l] =
-              load_one(data + head * bias.head + row / plan.group * bias.row + j * bias.col);
+          const int column = (c + l) & (columns - 1), j = key[l];
+          const int r = pass * item.m + column % item.m;
+          if (r >= item.rows || j >= begin + n) continue;
+          values[l] = load_one(data + item.head_q(column / item.m, r) * bias.head +
+                               item.token(r) * bias.row + j * bias.col);
         }
       });
       x += load(values);
     }
-    x -= abs(to_float(lanes.position - key)) * lanes.slope;
-    store(scores + r * M, select(less(key, set1(begin + n)), x * kLog2E, set1(-FAL_INFINITY)));
+    x -= abs(to_float(load(s.position + lanes) - key)) * load(s.slope + lanes);
+    store(scores + at, select(less(key, set1(begin + n)), x * kLog2E, set1(-FAL_INFINITY)));
   }
 }
 
-// All rows against the keys of one part.
-template <class E, int M>
-static FAL_NOINLINE void decode_part(const DecodePlan& plan, const DecodeScratch& s,
-                                     const DecodeState& state, const Band& band, const KvRuns& runs,
-                                     int b, int hk, int rows, Range keys) {
-  const Shape& shape = plan.problem.shape;
-  const int q_ld = round_up(shape.head_dim, kLanes);
-  const int groups = ceil_div(rows, M);
-  float max_lanes[kDecodeRows][kLanes], sum_lanes[kDecodeRows][kLanes], alpha[kLanes];
-  for (int g = 0; g < groups; ++g) {
-    store(max_lanes[g], set1(-FAL_INFINITY));
-    store(sum_lanes[g], set1(0.f));
+FAL_INLINE void decode_mask(const DecodeItem& item, const DecodeScratch& s, int pass, int begin,
+                            int n, float* scores) {
+  const int columns = item.columns(), shift = item.column_shift();
+  for (int at = 0; at < n * columns; at += kLanes) {
+    const int lanes = pass * item.column_ld() + (at & (item.column_ld() - 1));
+    const Int key = (iota() >> shift) + (begin + (at >> shift));
+    const Mask visible = less_equal(load(s.begin + lanes), key) & less(key, load(s.end + lanes));
+    store(scores + at, select(visible, load(scores + at), set1(-FAL_INFINITY)));
   }
-  memset(state.out, 0, sizeof(float) * plan.rows * plan.out_ld);
-  const Range all = band.keys_of_all({0, band.seqlen_q});
+}
 
-  DecodeRows<E> tiles[2];
-  int n = min_int(kDecodeKeys, keys.size());
-  if (n > 0) tiles[0].fetch(runs, keys.begin, n);
-  for (int begin = keys.begin, turn = 0; begin < keys.end; turn ^= 1) {
-    const DecodeRows<E>& tile = tiles[turn];
-    const int next_n = min_int(kDecodeKeys, keys.end - begin - n);
-    if (next_n > 0) tiles[turn ^ 1].fetch(runs, begin + n, next_n);
+// All rows of the item's heads against the keys of one part.
+template <class E, int M>
+static FAL_NOINLINE void decode_part(const DecodeItem& item, const DecodeScratch& s,
+                                     const DecodeState& state, const KvRuns& runs, Range keys) {
+  const DecodePlan& plan = item.plan;
+  const Shape& shape = plan.problem.shape;
+  using Product = DecodeProduct<E>;
+  const int q_ld = round_up(shape.head_dim, Product::kStep), dims = shape.head_dim;
+  // Unless it is in Q; decode_modify() applies it to the scores that it modifies.
+  const float scale = plan.general ? 1.f : plan.problem.score.scale * kLog2E;
+  const int columns = item.columns(), column_ld = item.column_ld();
+  for (int at = 0; at < item.passes * column_ld; at += kLanes) {
+    store(state.max + at, set1(-FAL_INFINITY));
+    store(state.sum + at, set1(0.f));
+  }
+  memset(state.out, 0, sizeof(float) * item.passes * columns * plan.out_ld);
+  const Range all = item.band.keys_of_all({0, item.band.seqlen_q});
+  if (plan.general || keys.begin < all.begin || all.end < keys.end) fill_columns(item, s);
+
+  DecodeKeys<E> tile;
+  for (int begin = keys.begin; begin < keys.end; begin += kDecodeKeys) {
+    const int n = min_int(kDecodeKeys, keys.end - begin);
     const bool full = all.begin <= begin && begin + n <= all.end;
-    for (int g = 0; g < groups; ++g) {
-      const float* q = s.q + g * M * q_ld;
-      if (g == 0) {
-        decode_scores<E, M, true>(tile, n, q, q_ld, shape.head_dim, shape.head_dim_v, s.scores);
+    tile.fetch(runs, item.heads, begin, n);
+    for (int pass = 0; pass < item.passes; ++pass) {
+      const int lanes = pass * column_ld;
+      const auto* q = reinterpret_cast<const typename Product::Query*>(s.q) +
+                      static_cast<int64_t>(pass) * columns * q_ld;
+      float* out = state.out + static_cast<int64_t>(pass) * columns * plan.out_ld;
+      if (pass == 0) {
+        decode_scores<E, M, true>(tile, item.heads, n, q, q_ld, dims, shape.head_dim_v, scale,
+                                  s.scores);
       } else {
-        decode_scores<E, M, false>(tile, n, q, q_ld, shape.head_dim, shape.head_dim_v, s.scores);
+        decode_scores<E, M, false>(tile, item.heads, n, q, q_ld, dims, shape.head_dim_v, scale,
+                                   s.scores);
       }
-      DecodeLanes<M> lanes;
-      if (plan.general || !full) lanes = DecodeLanes<M>::make(plan, band, b, hk, g * M, rows);
-      if (plan.general) decode_modify<M>(plan, lanes, b, hk, g * M, rows, begin, n, s.scores);
-      if (!full) {
-        for (int r = 0; r < n; r += kLanes / M) {
-          const Int key = lane_key<M>() + (begin + r);
-          const Mask visible = less_equal(lanes.begin, key) & less(key, lanes.end);
-          float* at = s.scores + r * M;
-          store(at, select(visible, load(at), set1(-FAL_INFINITY)));
-        }
-      }
-      decode_softmax<E, M>(tile, n, s.scores, max_lanes[g], sum_lanes[g], alpha);
-      float* out = state.out + static_cast<int64_t>(g) * M * plan.out_ld;
+      if (plan.general) decode_modify(item, s, pass, begin, n, s.scores);
+      if (!full) decode_mask(item, s, pass, begin, n, s.scores);
+      decode_softmax<E>(tile, columns, __builtin_ctz(M), s.scores, state.max + lanes,
+                        state.sum + lanes, s.alpha);
       if (full) {
-        decode_values<E, M>(tile, n, s.scores, alpha, shape.head_dim_v, out, plan.out_ld,
-                            g == 0 && next_n > 0 ? &tiles[turn ^ 1] : nullptr, next_n,
-                            shape.head_dim);
+        decode_values<E, M>(tile, item.heads, n, s.scores, s.alpha, shape.head_dim_v, out,
+                            plan.out_ld);
       } else {
-        Range seen[M];
-        for (int i = 0; i < M; ++i) {
-          const Range visible = intersect(lanes.seen[i], {begin, begin + n});
-          seen[i] =
-              visible.empty() ? Range{0, 0} : Range{visible.begin - begin, visible.end - begin};
-        }
-        decode_values_exactly<E, M>(tile, seen, s.scores, alpha, shape.head_dim_v, out,
+        decode_values_exactly<E, M>(tile, item.heads, {begin, begin + n}, s.begin + lanes,
+                                    s.end + lanes, s.scores, s.alpha, shape.head_dim_v, out,
                                     plan.out_ld);
       }
     }
-    begin += n;
-    n = next_n;
-  }
-  for (int r = 0; r < rows; ++r) {
-    state.max[r] = max_lanes[r / M][r % M];
-    float total = 0.f;
-    for (int l = r % M; l < kLanes; l += M) total += sum_lanes[r / M][l];
-    state.sum[r] = total;
   }
 }
 
 // Adds the next part's state to the first's.
-static FAL_NOINLINE void merge_part(const DecodeState& into, const DecodeState& part, int rows,
-                                    int ld) {
-  for (int r = 0; r < rows; ++r) {
-    const float top = part.max[r] > into.max[r] ? part.max[r] : into.max[r];
+static FAL_NOINLINE void merge_part(const DecodeItem& item, const DecodeState& into,
+                                    const DecodeState& part) {
+  const int columns = item.columns(), ld = item.plan.out_ld;
+  for (int at = 0; at < item.passes * columns; ++at) {
+    const int c = at / columns * item.column_ld() + at % columns;
+    const float top = part.max[c] > into.max[c] ? part.max[c] : into.max[c];
     const float reference = softmax_reference(top);
-    const float a = exp2(set1(into.max[r] - reference))[0];
-    const float b = exp2(set1(part.max[r] - reference))[0];
-    into.max[r] = top;
-    into.sum[r] = into.sum[r] * a + part.sum[r] * b;
+    const float a = exp2(set1(into.max[c] - reference))[0];
+    const float b = exp2(set1(part.max[c] - reference))[0];
+    into.max[c] = top;
+    into.sum[c] = into.sum[c] * a + part.sum[c] * b;
+    float* out = into.out + static_cast<int64_t>(at) * ld;
+    const float* more = part.out + static_cast<int64_t>(at) * ld;
     for (int d = 0; d < ld; d += kLanes) {
-      float* out = into.out + static_cast<int64_t>(r) * ld + d;
-      store(out,
-            fma(load(part.out + static_cast<int64_t>(r) * ld + d), set1(b), load(out) * set1(a)));
+      store(out + d, fma(load(more + d), set1(b), load(out + d) * set1(a)));
     }
   }
 }
 
+// One row of Q, zeros from `dims` on.
 template <class T>
-static void load_queries(const DecodePlan& plan, const Sequence& seq, int b, int hk, int rows,
-                         float* q) {
-  const ForwardProblem& p = plan.problem;
-  const int dims = p.shape.head_dim, ld = round_up(dims, kLanes);
-  const Float scale = set1(plan.general ? 1.f : p.score.scale * kLog2E);
+FAL_INLINE void load_query(const T* row, int dims, float scale, float* to) {
+  for (int d = 0; d < dims; d += kLanes) store(to + d, load_dims(row, d, dims) * scale);
+}
+FAL_INLINE void load_query(const BFloat16* row, int dims, float, BFloat16* to) {
+  memset(to, 0, sizeof *to * round_up(dims, 2 * kLanes));
+  memcpy(to, row, sizeof *to * dims);
+}
+
+// [pass][column][dim], scaled if the product wants it so; rows that do not exist are zeros.
+template <class T, class Product>
+static void load_queries(const DecodeItem& item, float* memory) {
+  auto* q = reinterpret_cast<typename Product::Query*>(memory);
+  const ForwardProblem& p = item.plan.problem;
+  const int dims = p.shape.head_dim, ld = round_up(dims, Product::kStep);
+  const float scale = item.plan.general ? 1.f : p.score.scale * kLog2E;
   const View<const T> view = p.q.as<const T>();
-  for (int r = 0; r < rows; ++r) {
-    const T* row = view.at(b, seq.row_q + r / plan.group, hk * plan.group + r % plan.group);
-    for (int d = 0; d < dims; d += kLanes) store(q + r * ld + d, load_dims(row, d, dims) * scale);
+  for (int h = 0; h < item.heads.count; ++h) {
+    for (int r = 0; r < item.passes * item.m; ++r) {
+      auto* to =
+          q + (static_cast<int64_t>(r / item.m) * item.columns() + h * item.m + r % item.m) * ld;
+      if (r >= item.rows) {
+        memset(to, 0, sizeof *to * ld);
+        continue;
+      }
+      const T* row = view.at(item.b, item.seq.row_q + item.token(r), item.head_q(h, r));
+      load_query(row, dims, scale, to);
+    }
   }
-  memset(q + static_cast<int64_t>(rows) * ld, 0, sizeof(float) * (plan.rows - rows) * ld);
 }
 
-// Normalises rows [0, rows) and clears the tokens that belong to no sequence.
+// Normalises the item's rows and clears the tokens that belong to no sequence.
 template <class T>
-static void finish_rows(const DecodePlan& plan, const DecodeState& state, const Sequence& seq,
-                        int b, int hk, int rows) {
-  const ForwardProblem& p = plan.problem;
-  for (int r = 0; r < p.lengths.allocated_q(b) * plan.group; ++r) {
-    const int head = hk * plan.group + r % plan.group;
-    const int64_t row = seq.row_q + r / plan.group;
-    T* out = p.out.as<T>().at(b, row, head);
-    if (r >= rows) {
-      zero_row(out, p.shape.head_dim_v);
-      if (p.lse.data) *p.lse.at(b, head, row) = -FAL_INFINITY;
-      continue;
+static void finish_rows(const DecodeItem& item, const DecodeState& state) {
+  const ForwardProblem& p = item.plan.problem;
+  for (int h = 0; h < item.heads.count; ++h) {
+    for (int r = 0; r < p.lengths.allocated_q(item.b) * item.plan.group; ++r) {
+      const int head = item.head_q(h, r);
+      const int64_t row = item.seq.row_q + item.token(r);
+      T* out = p.out.as<T>().at(item.b, row, head);
+      if (r >= item.rows) {
+        zero_row(out, p.shape.head_dim_v);
+        if (p.lse.data) *p.lse.at(item.b, head, row) = -FAL_INFINITY;
+        continue;
+      }
+      const int pass = r / item.m, column = h * item.m + r % item.m;
+      const int c = pass * item.column_ld() + column;
+      SoftmaxState softmax{state.max[c] * kLn2, state.sum[c]};
+      float factor = 1.f;
+      if (p.score.sinks) factor = softmax.absorb_sink(p.score.sinks[head]);
+      store_row(out,
+                state.out + static_cast<int64_t>(pass * item.columns() + column) * item.plan.out_ld,
+                p.shape.head_dim_v, factor * softmax.inverse_sum());
+      if (p.lse.data) *p.lse.at(item.b, head, row) = softmax.lse();
     }
-    SoftmaxState softmax{state.max[r] * kLn2, state.sum[r]};
-    float factor = 1.f;
-    if (p.score.sinks) factor = softmax.absorb_sink(p.score.sinks[head]);
-    store_row(out, state.out + static_cast<int64_t>(r) * plan.out_ld, p.shape.head_dim_v,
-              factor * softmax.inverse_sum());
-    if (p.lse.data) *p.lse.at(b, head, row) = softmax.lse();
   }
 }
 
 // T: of q and out; E: of K and V as stored.
 template <class T, class E>
-static void decode_item(const void* arg, int64_t item, char* memory) {
+static void decode_item(const void* arg, int64_t index, char* memory) {
   const DecodePlan& plan = *static_cast<const DecodePlan*>(arg);
   const ForwardProblem& p = plan.problem;
   int b = 0;
   for (int end = p.shape.batch; end - b > 1;) {
     const int middle = (b + end) / 2;
-    (plan.first_item[middle] <= item ? b : end) = middle;
+    (plan.first_item[middle] <= index ? b : end) = middle;
   }
   const Sequence seq = p.lengths.sequence(b);
-  const DecodeParts parts = DecodeParts::make(p, seq);
-  const int64_t within = item - plan.first_item[b];
+  const DecodeCut cut = plan.cut(seq);
+  const int64_t within = index - plan.first_item[b];
   // Heads of the same keys follow each other: their rows share memory pages.
-  const int hk = static_cast<int>(within % p.shape.heads_k);
-  const int part = static_cast<int>(within / p.shape.heads_k);
-  const int rows = seq.seqlen_q * plan.group;
+  const int part = static_cast<int>(within / cut.items), i = static_cast<int>(within % cut.items);
+  const Range heads = cut.heads(p.shape.heads_k, i);
+  const Band band = Band::make(seq.seqlen_q, seq.seqlen_k, p.window);
+  const DecodeItem item{
+      plan,     seq,   band,       b,
+      cut.rows, cut.m, cut.passes, {heads.begin, heads.size(), p.kv.k.head, p.kv.v.head}};
 
   ScratchCursor cursor{memory};
   const DecodeScratch s = DecodeScratch::place(&cursor, plan);
   const auto state_of = [&](int other) {
-    const int64_t index = plan.first_item[b] + static_cast<int64_t>(other) * p.shape.heads_k + hk;
-    return DecodeState::at(plan.partial + index * plan.partial_size(), plan.rows);
+    const int64_t at = plan.first_item[b] + static_cast<int64_t>(other) * cut.items + i;
+    return DecodeState::at(plan.partial + at * plan.partial_size(), plan);
   };
-  const DecodeState state = parts.count > 1 ? state_of(part) : DecodeState::at(s.state, plan.rows);
-  if (rows > 0) {
-    load_queries<T>(plan, seq, b, hk, rows, s.q);
-    const int begin = parts.seen.begin + part * parts.size;
-    const Range keys{begin, min_int(begin + parts.size, parts.seen.end)};
-    const Band band = Band::make(seq.seqlen_q, seq.seqlen_k, p.window);
-    const KvRuns runs = KvRuns::make(p.kv, seq, b, hk);
-    const auto run = [&](auto m) {
-      decode_part<E, decltype(m)::value>(plan, s, state, band, runs, b, hk, rows, keys);
-    };
-    if (rows == 1) {
-      run(std::integral_constant<int, 1>{});
-    } else if (rows == 2) {
-      run(std::integral_constant<int, 2>{});
-    } else if (rows <= 4 || kDecodeGroup == 4) {
-      run(std::integral_constant<int, 4>{});
-    } else {
-      run(std::integral_constant<int, kDecodeGroup>{});
-    }
+  const DecodeState state = cut.parts > 1 ? state_of(part) : DecodeState::at(s.state, plan);
+  load_queries<T, DecodeProduct<E>>(item, s.q);
+  const KvRuns runs = KvRuns::make(p.kv, seq, b, heads.begin);
+  const auto run = [&](auto m) {
+    decode_part<E, decltype(m)::value>(item, s, state, runs, cut.keys(part));
+  };
+  if (cut.m == 1) {
+    run(std::integral_constant<int, 1>{});
+  } else if (cut.m == 2) {
+    run(std::integral_constant<int, 2>{});
+  } else if (cut.m == 4 || kDecodeGroup == 4) {
+    run(std::integral_constant<int, 4>{});
+  } else {
+    run(std::integral_constant<int, kDecodeGroup>{});
   }
-  if (parts.count > 1) {
-    int32_t* left = plan.parts_left + static_cast<int64_t>(b) * p.shape.heads_k + hk;
+  if (cut.parts > 1) {
+    int32_t* left = plan.parts_left + static_cast<int64_t>(b) * p.shape.heads_k + i;
     if (__atomic_sub_fetch(left, 1, __ATOMIC_ACQ_REL) != 0) return;
-    for (int other = 1; other < parts.count; ++other) {
-      merge_part(state_of(0), state_of(other), rows, plan.out_ld);
+    for (int other = 1; other < cut.parts; ++other) {
+      merge_part(item, state_of(0), state_of(other));
     }
   }
-  finish_rows<T>(plan, parts.count > 1 ? state_of(0) : state, seq, b, hk, rows);
+  finish_rows<T>(item, cut.parts > 1 ? state_of(0) : state);
+}
+
+// Heads of an item: all that a tile's columns hold, unless their rows lie further apart than the
+// keys' (then there is nothing to gain), or more items are needed to keep the threads busy.
+FAL_INLINE int heads_of_item(const ForwardProblem& p, int64_t parts, int threads) {
+  constexpr int kItemsPerThread = 4;
+  int heads = 1;
+  if (p.kv.k.head > p.kv.k.row || p.kv.v.head > p.kv.v.row) return heads;
+  while (2 * heads <= p.shape.heads_k && heads < kDecodeColumns) heads *= 2;
+  while (heads > 1 && parts * p.shape.heads_k / heads < kItemsPerThread * threads) heads /= 2;
+  return heads;
 }
 
 template <class T, bool kReadsQuantised>
@@ -318,29 +397,37 @@ static void decode(const ForwardProblem& problem, const ThreadPool& pool) {
   const Shape& shape = problem.shape;
   DecodePlan plan{};
   plan.problem = problem;
-  plan.group = shape.heads_q / shape.heads_k;
+  plan.group = shape.heads_k ? shape.heads_q / shape.heads_k : 0;
   plan.out_ld = round_up(shape.head_dim_v, kLanes);
   plan.general = modifies_scores(problem.score);
+  plan.most_heads = 1;
 
-  int longest = 0, most_parts = 1;
+  // The number of parts of batch entry b; 0 = it is not for this kernel.
+  const auto decoding = [&](int b, DecodeCut* cut) {
+    const Sequence seq = problem.lengths.sequence(b);
+    if (!decodes(problem, seq.seqlen_q)) return false;
+    *cut = plan.cut(seq);
+    return true;
+  };
+  DecodeCut cut{};
+  int64_t parts = 0;
+  for (int b = 0; b < shape.batch; ++b) parts += decoding(b, &cut) ? cut.parts : 0;
+  if (parts == 0) return;
+  plan.most_heads = heads_of_item(problem, parts, pool.threads);
+
+  int most_parts = 1;
   int64_t items = 0;
   double flops = 0;
-  const auto parts_of = [&](int b) {
-    const Sequence seq = problem.lengths.sequence(b);
-    return decodes(problem, seq.seqlen_q) ? DecodeParts::make(problem, seq).count : 0;
-  };
   for (int b = 0; b < shape.batch; ++b) {
-    const int parts = parts_of(b);
-    if (parts == 0) continue;
-    const Sequence seq = problem.lengths.sequence(b);
-    longest = max_int(longest, seq.seqlen_q);
-    most_parts = max_int(most_parts, parts);
-    items += static_cast<int64_t>(parts) * shape.heads_k;
-    flops += 2.0 * shape.heads_q * (shape.head_dim + shape.head_dim_v) * seq.seqlen_q *
-             (seq.seqlen_k + 1.0);
+    if (!decoding(b, &cut)) continue;
+    most_parts = max_int(most_parts, cut.parts);
+    const int columns = cut.m * cut.most_heads;
+    plan.columns = max_int(plan.columns, cut.passes * columns);
+    plan.lanes = max_int(plan.lanes, cut.passes * max_int(columns, kLanes));
+    items += static_cast<int64_t>(cut.parts) * cut.items;
+    flops += 2.0 * shape.heads_k * (shape.head_dim + shape.head_dim_v) * cut.rows *
+             (cut.seen.size() + 1.0);
   }
-  if (items == 0) return;
-  plan.rows = round_up(longest * plan.group, kDecodeGroup);
 
   const int64_t counters = static_cast<int64_t>(shape.batch) * shape.heads_k;
   ScratchCursor size{nullptr};
@@ -354,9 +441,10 @@ static void decode(const ForwardProblem& problem, const ThreadPool& pool) {
   place(&shared);
   plan.first_item[0] = 0;
   for (int b = 0; b < shape.batch; ++b) {
-    const int parts = parts_of(b);
-    plan.first_item[b + 1] = plan.first_item[b] + static_cast<int64_t>(parts) * shape.heads_k;
-    for (int h = 0; h < shape.heads_k; ++h) plan.parts_left[b * shape.heads_k + h] = parts;
+    const bool here = decoding(b, &cut);
+    plan.first_item[b + 1] =
+        plan.first_item[b] + (here ? static_cast<int64_t>(cut.parts) * cut.items : 0);
+    for (int i = 0; here && i < cut.items; ++i) plan.parts_left[b * shape.heads_k + i] = cut.parts;
   }
   ScratchCursor scratch{nullptr};
   DecodeScratch::place(&scratch, plan);

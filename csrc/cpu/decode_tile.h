@@ -1,71 +1,117 @@
-// The products of decode: M query rows that read one K/V head against a tile of up to kDecodeKeys
-// keys, K/V read as they are stored. Lanes are dimensions of a row; scores have lanes
-// (key, query row), key-major: lane l of vector n is key n * (kLanes / M) + l / M, row l % M.
+// The products of decode: the query rows of a few K/V heads against a tile of up to kDecodeKeys
+// keys, K/V read as they are stored and in the order in which memory holds them: all heads of a
+// key, then the next key. The processor's prefetchers follow that; head by head they do not.
 //
-// S = K Q^T keeps kLanes sums at once (kLanes / M keys x M rows), so that each element of K is
-// loaded and converted once for M rows, and turns them into one vector of scores by kLanes - 1
+// A column is one (head, query row) of a pass: column h * M + i is row i of head h, and a pass has
+// columns = heads * M of them, a power of two. Scores are [key][column]. S = K Q^T keeps kLanes
+// sums at once (kLanes / M rows of K x M query rows), so that each element of K is loaded and
+// converted once for M rows, and turns them into one vector of scores by kLanes - 1
 // exchange-and-adds. O += P V keeps M rows x a few vectors of O in registers over the whole tile.
+//
+// Every column is computed by itself, in an order that depends on nothing but its keys: how heads
+// are gathered into passes changes no bit.
 #pragma once
 
 #include "pack.h"
 
 namespace fal::cpu::FAL_CPU_ISA {
 
-constexpr int kDecodeKeys = 64;
+constexpr int kDecodeKeys = 16;  // a power of two: the sum over a tile is a tree
 // Most query rows that share a load: with 8 lanes the sums of 4 rows and the operands fill the
 // registers.
 constexpr int kDecodeGroup = kLanes >= 16 ? 8 : 4;
+constexpr int kDecodeColumns = 64;  // of a pass, at most: Q and the scores then stay in L1
 // Vectors of O that stay in registers: half of the 16 or 32 there are.
 constexpr int kDecodeAccumulators = kRows > 6 || kVectors > 2 ? 16 : 8;
 
-// One tile's rows, wherever they are. Entries past the last key repeat it.
-template <class E>
-struct DecodeRows {
-  const E *k[kDecodeKeys + kLanes], *v[kDecodeKeys + kLanes];
-  float k_scale[kDecodeKeys + kLanes], v_scale[kDecodeKeys + kLanes];  // quantised K/V only
+// The heads that one item walks together.
+struct DecodeHeads {
+  int first, count;            // count is a power of two
+  int64_t k_stride, v_stride;  // elements from a head's row to the next head's
 
-  FAL_INLINE void fetch(const KvRuns& runs, int begin, int n) {
-    constexpr bool kQuantised = sizeof(E) == 1;
+  FAL_INLINE int shift() const { return __builtin_ctz(count); }
+};
+
+// How a row of K, kStep dims at a time, meets a row of Q.
+template <class E>
+struct DecodeProduct {
+  using Query = float;
+  using Row = Float;
+  static constexpr int kStep = kLanes;
+  static constexpr bool kScaledQ = true;  // the scale is in Q
+
+  FAL_INLINE static Row row(const E* k) { return load(k); }
+  FAL_INLINE static Row row_first(const E* k, int n) { return load_first(k, n); }
+  FAL_INLINE static Float add(Row x, const Query* q, Float c) { return fma(x, load(q), c); }
+};
+#if defined(__AVX512BF16__)
+// Pairs of bf16 as they are: twice the arithmetic and no conversion. The scale would round Q.
+template <>
+struct DecodeProduct<BFloat16> {
+  using Query = BFloat16;
+  using Row = __m512i;
+  static constexpr int kStep = 2 * kLanes;
+  static constexpr bool kScaledQ = false;
+
+  FAL_INLINE static Row row(const BFloat16* k) { return _mm512_loadu_si512(k); }
+  FAL_INLINE static Row row_first(const BFloat16* k, int n) {
+    return _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, k);
+  }
+  FAL_INLINE static Float add(Row x, const Query* q, Float c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)x, (__m512bh)_mm512_loadu_si512(q));
+  }
+};
+#endif
+
+// A tile's keys, wherever they are: rows of the first head. Entries past the last key repeat it.
+template <class E>
+struct DecodeKeys {
+  static constexpr bool kQuantised = sizeof(E) == 1;
+  static constexpr int kScales = kQuantised ? kDecodeKeys * kDecodeColumns + kLanes : 1;
+
+  const E *k[kDecodeKeys + kLanes], *v[kDecodeKeys + kLanes];
+  float k_scale[kScales], v_scale[kScales];  // [key][head]
+
+  FAL_INLINE void fetch(const KvRuns& runs, const DecodeHeads& heads, int begin, int n) {
     const int64_t k_stride = runs.k_stride(), v_stride = runs.v_stride();
     for (int r = 0; r < n;) {
       const KvRun run = runs.at(begin + r);
-      const int end = min_int(n - r, run.rows);
-      for (int i = 0; i < end; ++i) {
+      const int count = min_int(n - r, run.rows);
+      for (int i = 0; i < count; ++i) {
         k[r + i] = reinterpret_cast<const E*>(run.k + i * k_stride);
         v[r + i] = reinterpret_cast<const E*>(run.v + i * v_stride);
       }
       if constexpr (kQuantised) {
-        for (int i = 0; i < end; ++i) {
-          k_scale[r + i] = run.k_scale[i * runs.kv.k_scale.row];
-          v_scale[r + i] = run.v_scale[i * runs.kv.v_scale.row];
+        const RowStats &ks = runs.kv.k_scale, &vs = runs.kv.v_scale;
+        for (int i = 0; i < count; ++i) {
+          for (int h = 0; h < heads.count; ++h) {
+            k_scale[(r + i) * heads.count + h] = run.k_scale[i * ks.row + h * ks.head];
+            v_scale[(r + i) * heads.count + h] = run.v_scale[i * vs.row + h * vs.head];
+          }
         }
       }
-      r += end;
+      r += count;
     }
     for (int i = 0; i < kLanes; ++i) {
       k[n + i] = k[n - 1];
       v[n + i] = v[n - 1];
-      if constexpr (kQuantised) k_scale[n + i] = v_scale[n + i] = 0.f;
+    }
+    if constexpr (kQuantised) {
+      // The lanes of the last vectors that hold no key; their products are replaced or 0.
+      for (int i = n * heads.count; i < kDecodeKeys * heads.count + kLanes; ++i) {
+        k_scale[i] = v_scale[i] = 0.f;
+      }
     }
   }
 };
 
+// Into L2: the lines come in memory order, and L1 has no room for a tile.
 template <class E>
 FAL_INLINE void prefetch_row(const E* row, int dims) {
   const char* begin = reinterpret_cast<const char*>(row);
   for (int at = 0; at < dims * static_cast<int>(sizeof(E)); at += 64) {
-    __builtin_prefetch(begin + at);
+    __builtin_prefetch(begin + at, 0, 2);
   }
-}
-
-// The key of each lane, relative to its vector's first; and the query row.
-template <int M>
-FAL_INLINE Int lane_key() {
-  return iota() / M;
-}
-template <int M>
-FAL_INLINE Int lane_row() {
-  return iota() & (M - 1);
 }
 
 template <int kBlock>
@@ -77,7 +123,7 @@ FAL_INLINE void add_lanes_step(Float (&c)[kLanes]) {
   }
 }
 
-// Lane l of the result is the sum of c[l]'s lanes.
+// Lane l of the result is the sum of c[l]'s lanes, added in the same order for every l.
 FAL_INLINE Float add_lanes(Float (&c)[kLanes]) {
   add_lanes_step<1>(c);
   add_lanes_step<2>(c);
@@ -86,85 +132,100 @@ FAL_INLINE Float add_lanes(Float (&c)[kLanes]) {
   return c[0];
 }
 
-// The maximum over the lanes of each query row, in every lane of it.
-template <int M>
-FAL_INLINE Float max_over_keys(Float x) {
-  if constexpr (M <= 8 && kLanes > 8) x = max(permute(x, (iota() + 8) & (kLanes - 1)), x);
-  if constexpr (M <= 4 && kLanes > 4) x = max(permute(x, (iota() + 4) & (kLanes - 1)), x);
-  if constexpr (M <= 2) x = max(permute(x, (iota() + 2) & (kLanes - 1)), x);
-  if constexpr (M <= 1) x = max(permute(x, (iota() + 1) & (kLanes - 1)), x);
-  return x;
-}
-
-// scores[key][M] = rows of K times M query rows at q, `ld` apart; lanes past key n are -inf. With
-// kPrefetch, the tile's rows of V are on their way when this returns.
+// scores[key][columns] = scale * rows of K times the query rows at q, `ld` apart; -inf past key n.
+// With kPrefetch, the tile's rows of V are on their way when this returns.
 template <class E, int M, bool kPrefetch>
-FAL_INLINE void decode_scores(const DecodeRows<E>& rows, int n, const float* q, int ld, int dims,
-                              int dims_v, float* scores) {
-  constexpr int kKeys = kLanes / M;
-  const int whole = round_down(dims, kLanes);
-  for (int r = 0; r < n; r += kKeys) {
-    if constexpr (kPrefetch) {
-      for (int j = 0; j < kKeys; ++j) prefetch_row(rows.v[r + j], dims_v);
-    }
-    const E* k[kKeys];
+FAL_INLINE void decode_scores(const DecodeKeys<E>& keys, const DecodeHeads& heads, int n,
+                              const typename DecodeProduct<E>::Query* q, int ld, int dims,
+                              int dims_v, float scale, float* scores) {
+  using Product = DecodeProduct<E>;
+  constexpr int kRowsAtOnce = kLanes / M, kStep = Product::kStep;
+  const int whole = round_down(dims, kStep), shift = heads.shift(), mask = heads.count - 1;
+  const int rows = n << shift, columns = heads.count * M;
+  for (int r = 0; r < rows; r += kRowsAtOnce) {
     Float c[kLanes];
 #pragma GCC unroll 16
-    for (int j = 0; j < kKeys; ++j) k[j] = rows.k[r + j];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) c[i] = set1(0.f);
+    for (int j = 0; j < kRowsAtOnce; ++j) {
+      const int key = (r + j) >> shift, head = (r + j) & mask;
+      const E* k = keys.k[key] + head * heads.k_stride;
+      const auto* q_head = q + head * (M * ld);
+      if constexpr (kPrefetch) prefetch_row(keys.v[key] + head * heads.v_stride, dims_v);
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) c[j * M + i] = set1(0.f);
 #pragma GCC unroll 1
-    for (int d = 0; d < whole; d += kLanes) {
-#pragma GCC unroll 16
-      for (int j = 0; j < kKeys; ++j) {
-        const Float x = load(k[j] + d);
+      for (int d = 0; d < whole; d += kStep) {
+        const auto x = Product::row(k + d);
 #pragma GCC unroll 8
-        for (int i = 0; i < M; ++i) c[j * M + i] = fma(x, load(q + i * ld + d), c[j * M + i]);
+        for (int i = 0; i < M; ++i) {
+          c[j * M + i] = Product::add(x, q_head + i * ld + d, c[j * M + i]);
+        }
       }
-    }
-    if (whole < dims) {
-#pragma GCC unroll 16
-      for (int j = 0; j < kKeys; ++j) {
-        const Float x = load_first(k[j] + whole, dims - whole);
+      if (whole < dims) {
+        const auto x = Product::row_first(k + whole, dims - whole);
 #pragma GCC unroll 8
-        for (int i = 0; i < M; ++i) c[j * M + i] = fma(x, load(q + i * ld + whole), c[j * M + i]);
+        for (int i = 0; i < M; ++i) {
+          c[j * M + i] = Product::add(x, q_head + i * ld + whole, c[j * M + i]);
+        }
       }
     }
     Float s = add_lanes(c);
-    if constexpr (sizeof(E) == 1) s *= permute(load(rows.k_scale + r), lane_key<M>());
-    if (r + kKeys > n) s = select(less(lane_key<M>() + r, set1(n)), s, set1(-FAL_INFINITY));
+    if constexpr (!Product::kScaledQ) s *= scale;
+    if constexpr (DecodeKeys<E>::kQuantised) s *= permute(load(keys.k_scale + r), iota() / M);
+    if (r + kRowsAtOnce > rows) {
+      s = select(less(iota() / M + r, set1(rows)), s, set1(-FAL_INFINITY));
+    }
     store(scores + r * M, s);
   }
-}
-
-// P = exp2(S - max) in place (times V's factors, if it is quantised), the running maximum and the
-// lanes' sums; alpha shrinks what was accumulated before.
-template <class E, int M>
-FAL_INLINE void decode_softmax(const DecodeRows<E>& rows, int n, float* scores, float* max_lanes,
-                               float* sum_lanes, float* alpha) {
-  constexpr int kKeys = kLanes / M;
-  const Float before = load(max_lanes);
-  Float top = before;
-  for (int r = 0; r < n; r += kKeys) top = max(load(scores + r * M), top);
-  top = max_over_keys<M>(top);
-  const Float reference = select(equal(top, set1(-FAL_INFINITY)), set1(0.f), top);
-  const Float shrink = exp2(before - reference);
-  Float total = load(sum_lanes) * shrink;
-  for (int r = 0; r < n; r += kKeys) {
-    Float p = exp2(load(scores + r * M) - reference);
-    total += p;
-    if constexpr (sizeof(E) == 1) p *= permute(load(rows.v_scale + r), lane_key<M>());
-    store(scores + r * M, p);
+  for (int at = round_up(rows * M, kLanes); at < kDecodeKeys * columns; at += kLanes) {
+    store(scores + at, set1(-FAL_INFINITY));
   }
-  store(max_lanes, top);
-  store(sum_lanes, total);
-  store(alpha, shrink);
 }
 
-// Vectors [d, d + kWidth) of O = alpha O + P V over n keys.
+// P = exp2(S - max) in place (times V's factors, if it is quantised), the running maximum and sum
+// of each column, and alpha, which shrinks what was accumulated before. Arrays of columns repeat
+// up to a whole vector. The sum over a tile is the same tree for any number of columns: key j with
+// j + 8, then + 4, + 2, + 1.
+template <class E>
+FAL_INLINE void decode_softmax(const DecodeKeys<E>& keys, int columns, int row_shift, float* scores,
+                               float* max_columns, float* sum_columns, float* alpha) {
+  const int stride = max_int(columns, kLanes);
+  const int vectors = kDecodeKeys * columns / stride;  // of a vector of columns
+  for (int c = 0; c < columns; c += kLanes) {
+    const Float before = load(max_columns + c);
+    Float top = before;
+    for (int v = 0; v < vectors; ++v) top = max(load(scores + v * stride + c), top);
+    for (int s = kLanes / 2; s >= columns; s /= 2) {
+      top = max(permute(top, (iota() + s) & (kLanes - 1)), top);
+    }
+    const Float reference = select(equal(top, set1(-FAL_INFINITY)), set1(0.f), top);
+    Float p[kDecodeKeys];
+    for (int v = 0; v < vectors; ++v) {
+      float* at = scores + v * stride + c;
+      p[v] = exp2(load(at) - reference);
+      if constexpr (DecodeKeys<E>::kQuantised) {
+        const float* factor = keys.v_scale + ((v * stride + c) >> row_shift);
+        store(at, p[v] * permute(load(factor), iota() >> row_shift));
+      } else {
+        store(at, p[v]);
+      }
+    }
+    for (int half = vectors / 2; half > 0; half /= 2) {
+      for (int v = 0; v < half; ++v) p[v] += p[v + half];
+    }
+    for (int s = kLanes / 2; s >= columns; s /= 2) {
+      p[0] += permute(p[0], (iota() + s) & (kLanes - 1));
+    }
+    const Float shrink = exp2(before - reference);
+    store(max_columns + c, top);
+    store(sum_columns + c, fma(load(sum_columns + c), shrink, p[0]));
+    store(alpha + c, shrink);
+  }
+}
+
+// Vectors [d, d + kWidth) of O = alpha O + P V over n keys of one head.
 template <class E, int M, int kWidth>
-FAL_INLINE void decode_columns(const DecodeRows<E>& rows, int n, const float* p, const float* alpha,
-                               int d, int dims, float* out, int ld) {
+FAL_INLINE void decode_columns(const E* const* v, int64_t offset, int n, const float* p, int p_ld,
+                               const float* alpha, int d, int dims, float* out, int ld) {
   Float c[M][kWidth];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
@@ -175,15 +236,16 @@ FAL_INLINE void decode_columns(const DecodeRows<E>& rows, int n, const float* p,
   }
 #pragma GCC unroll 1
   for (int r = 0; r < n; ++r) {
+    const E* row = v[r] + offset;
     Float x[kWidth];
     // Only a single vector may be the last, narrower one.
 #pragma GCC unroll 16
     for (int w = 0; w < kWidth; ++w) {
-      x[w] = kWidth == 1 ? load_dims(rows.v[r], d, dims) : load(rows.v[r] + d + w * kLanes);
+      x[w] = kWidth == 1 ? load_dims(row, d, dims) : load(row + d + w * kLanes);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
-      const Float weight = set1(p[r * M + i]);
+      const Float weight = set1(p[r * p_ld + i]);
 #pragma GCC unroll 16
       for (int w = 0; w < kWidth; ++w) c[i][w] = fma(weight, x[w], c[i][w]);
     }
@@ -195,36 +257,47 @@ FAL_INLINE void decode_columns(const DecodeRows<E>& rows, int n, const float* p,
   }
 }
 
-// O[M][ld] = alpha O + P V. `next` is the tile after this one, or null: its rows of K are fetched
-// meanwhile.
+// O[column][ld] = alpha O + P V.
 template <class E, int M>
-FAL_INLINE void decode_values(const DecodeRows<E>& rows, int n, const float* p, const float* alpha,
-                              int dims, float* out, int ld, const DecodeRows<E>* next, int next_n,
-                              int dims_k) {
+FAL_INLINE void decode_values(const DecodeKeys<E>& keys, const DecodeHeads& heads, int n,
+                              const float* p, const float* alpha, int dims, float* out, int ld) {
   constexpr int kWidth = kDecodeAccumulators / M > 8 ? 8 : kDecodeAccumulators / M;
-  int d = 0;
-  for (; d + kWidth * kLanes <= dims; d += kWidth * kLanes) {
-    decode_columns<E, M, kWidth>(rows, n, p, alpha, d, dims, out, ld);
-    if (next && d == 0) {
-      for (int r = 0; r < next_n; ++r) prefetch_row(next->k[r], dims_k);
+  const int columns = heads.count * M;
+  for (int h = 0; h < heads.count; ++h) {
+    const int64_t offset = h * heads.v_stride;
+    const float *p_head = p + h * M, *alpha_head = alpha + h * M;
+    float* out_head = out + static_cast<int64_t>(h) * M * ld;
+    int d = 0;
+    for (; d + kWidth * kLanes <= dims; d += kWidth * kLanes) {
+      decode_columns<E, M, kWidth>(keys.v, offset, n, p_head, columns, alpha_head, d, dims,
+                                   out_head, ld);
+    }
+    for (; d < dims; d += kLanes) {
+      decode_columns<E, M, 1>(keys.v, offset, n, p_head, columns, alpha_head, d, dims, out_head,
+                              ld);
     }
   }
-  for (; d < dims; d += kLanes) decode_columns<E, M, 1>(rows, n, p, alpha, d, dims, out, ld);
 }
 
-// The same when query rows see different keys: row i just those of seen[i], because a masked
-// element of V may be a NaN and 0 * NaN is NaN.
+// The same when query rows see different keys: column c just those of [begin[c], end[c]), because
+// a masked element of V may be a NaN and 0 * NaN is NaN.
 template <class E, int M>
-FAL_INLINE void decode_values_exactly(const DecodeRows<E>& rows, const Range (&seen)[M],
+FAL_INLINE void decode_values_exactly(const DecodeKeys<E>& keys, const DecodeHeads& heads,
+                                      Range tile, const int32_t* begin, const int32_t* end,
                                       const float* p, const float* alpha, int dims, float* out,
                                       int ld) {
-  for (int i = 0; i < M; ++i) {
+  const int columns = heads.count * M;
+  for (int c = 0; c < columns; ++c) {
+    const Range seen = intersect({begin[c], end[c]}, tile);
+    const int64_t offset = c / M * heads.v_stride;
     for (int d = 0; d < dims; d += kLanes) {
-      Float c = load(out + i * ld + d) * set1(alpha[i]);
-      for (int r = seen[i].begin; r < seen[i].end; ++r) {
-        c = fma(set1(p[r * M + i]), load_dims(rows.v[r], d, dims), c);
+      float* at = out + static_cast<int64_t>(c) * ld + d;
+      Float sum = load(at) * set1(alpha[c]);
+      for (int j = seen.begin; j < seen.end; ++j) {
+        const int r = j - tile.begin;
+        sum = fma(set1(p[r * columns + c]), load_dims(keys.v[r] + offset, d, dims), sum);
       }
-      store(out + i * ld + d, c);
+      store(at, sum);
     }
   }
 }

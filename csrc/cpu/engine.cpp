@@ -8,6 +8,7 @@
 #include <cpuid.h>
 #endif
 
+#include "../core/head_dims.h"
 #include "isa.h"
 
 namespace fal::cpu {
@@ -25,7 +26,6 @@ bool has_f16c() {
 }
 #endif
 
-constexpr int kMaxHeadDim = 256;
 constexpr int kMaxIsas = 5;
 
 struct Available {
@@ -92,9 +92,6 @@ const char* supports_shape(const ForwardProblem& p) {
     return "the CPU engine computes in float32, float16 and bfloat16";
   }
   if (s.head_dim < 1 || s.head_dim_v < 1) return "the CPU engine needs a head dim of at least 1";
-  if (s.head_dim > kMaxHeadDim || s.head_dim_v > kMaxHeadDim) {
-    return "the CPU engine supports head dims up to 256";
-  }
   if (p.score.bias.data && p.score.bias.dtype != DType::kFloat32 &&
       p.score.bias.dtype != DType::kFloat16 && p.score.bias.dtype != DType::kBFloat16) {
     return "the CPU engine takes a bias of float32, float16 or bfloat16";
@@ -126,10 +123,28 @@ bool select_isa(const char* name) {
   return kernels != nullptr;
 }
 
-const char* supports_forward(const ForwardProblem& problem) { return supports_shape(problem); }
+const char* supports_forward(const ForwardProblem& problem) {
+  const Shape& s = problem.shape;
+  if (s.head_dim > kMaxHeadDim || s.head_dim_v > kMaxHeadDim) {
+    if (problem.lengths.seqlen_q > kDecodeTokens) {
+      return "the CPU engine takes head dims above 256 with at most 8 query tokens a sequence";
+    }
+    if (problem.score.dropout_threshold || problem.block_mask.given()) {
+      return "the CPU engine takes head dims above 256 without dropout and block_mask";
+    }
+    if (s.head_dim > kMaxDecodeHeadDim || s.head_dim_v > kMaxDecodeHeadDim) {
+      return "the CPU engine takes head dims up to 576";
+    }
+  }
+  return supports_shape(problem);
+}
 
 const char* supports_backward(const BackwardProblem& problem) {
-  if (const char* reason = supports_shape(problem.forward)) return reason;
+  if (const char* reason = supports_forward(problem.forward)) return reason;
+  const Shape& s = problem.forward.shape;
+  if (s.head_dim > kMaxHeadDim || s.head_dim_v > kMaxHeadDim) {
+    return "the CPU engine has no backward for head dims above 256";
+  }
   if (problem.forward.kv.dtype != problem.forward.shape.dtype) {
     return "the CPU engine has no backward for quantised K/V";
   }

@@ -163,9 +163,17 @@ FAL_INLINE float sum(Float x) {
 
 // ---- 16-bit elements <-> float
 
-FAL_INLINE Float load(const BFloat16* p) {
-  return (Float)(__builtin_convertvector(load_bits(p), UInt) << 16);
+// By name: GCC widens a vector of 16 shorts in halves and puts them together again.
+FAL_INLINE UInt widen(UShort x) {
+#if defined(__AVX512F__)
+  return (UInt)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (UInt)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, UInt);
+#endif
 }
+FAL_INLINE Float load(const BFloat16* p) { return (Float)(widen(load_bits(p)) << 16); }
 
 FAL_INLINE Float from_half(UShort bits16) {
 #if defined(__AVX512F__)

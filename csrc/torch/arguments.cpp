@@ -2,6 +2,7 @@
 
 #include <math.h>
 
+#include "../core/head_dims.h"
 #include "../core/philox.h"
 #include "block_mask.h"
 
@@ -96,10 +97,12 @@ void Arguments::check_shapes() {
   if (k_.size(kv_dim - 1) != head_dim) {
     checker_.bad("k has head_dim ", k_.size(kv_dim - 1), " but q has ", head_dim);
   }
-  if (head_dim < 1 || head_dim > 256)
-    checker_.bad("q has head_dim ", head_dim, "; it must be 1 to 256");
-  if (head_dim_v < 1 || head_dim_v > 256)
-    checker_.bad("v has head_dim ", head_dim_v, "; it must be 1 to 256");
+  const int64_t tokens = o.cu_seqlens_q ? o.max_seqlen_q : q_.size(1);
+  const int32_t most = tokens <= kDecodeTokens ? kMaxDecodeHeadDim : kMaxHeadDim;
+  if (head_dim < 1 || head_dim > most)
+    checker_.bad("q has head_dim ", head_dim, "; it must be 1 to ", most);
+  if (head_dim_v < 1 || head_dim_v > most)
+    checker_.bad("v has head_dim ", head_dim_v, "; it must be 1 to ", most);
   if (heads_k < 1 ? heads_q > 0 : heads_q % heads_k != 0) {
     checker_.bad("q has ", heads_q, " heads but k has ", heads_k,
                  "; heads_q must be a multiple of heads_k");

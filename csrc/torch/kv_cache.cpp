@@ -1,6 +1,7 @@
 // The operators flashattn_lite::rotate and ::append_kv: rotary embedding, and new rows into a
 // (paged, perhaps quantised) cache, in place. Meaning: flashattn_lite/kv_cache.py and
 // docs/semantics.md.
+#include "../core/head_dims.h"
 #include "../cpu/append.h"
 #include "boxing.h"
 #include "checks.h"
@@ -57,8 +58,9 @@ Rows rows_of(const Checker& check, const char* name, const Tensor& t,
     check.bad(name, " has shape ", shape_text(t), "; it must be ",
               cu_seqlens ? "(total, heads, head_dim)" : "(batch, seqlen, heads, head_dim)");
   }
-  if (t.size(t.dim() - 1) > 256)
-    check.bad(name, " has head_dim ", t.size(t.dim() - 1), "; it must be 1 to 256");
+  const int32_t most = t.is_cpu() ? kMaxDecodeHeadDim : kMaxHeadDim;
+  if (t.size(t.dim() - 1) > most)
+    check.bad(name, " has head_dim ", t.size(t.dim() - 1), "; it must be 1 to ", most);
   check.unit_last_stride(name, t);
   if (!cu_seqlens) return {t.size(0), t.size(1), nullptr};
   if (cu_seqlens->numel() < 1) check.bad("cu_seqlens is empty; it must hold batch + 1 offsets");
