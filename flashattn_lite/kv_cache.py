@@ -17,6 +17,7 @@ from flashattn_lite import _ops
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.attention import attention
 from flashattn_lite.block_mask import BlockMask
+from flashattn_lite.tree import check_lengths, check_tree, tree_attention
 
 __all__ = ["append_kv_cache", "flash_attn_with_kvcache"]
 
@@ -169,6 +170,7 @@ def flash_attn_with_kvcache(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     block_mask: BlockMask | None = None,
+    tree_mask: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of q over a KV cache, after appending k and v to it, if given. No gradient.
@@ -202,6 +204,11 @@ def flash_attn_with_kvcache(
         v_scale: the same for v_cache.
         block_mask: the blocks of keys that each row may see; its rows and keys count positions, so
             that one square mask of the longest context serves every step.
+        tree_mask: bool (batch, seqlen_q, seqlen_q), or without batch: the queries are a tree of
+            draft tokens whose keys are the last seqlen_q rows, and query i sees row j of those iff
+            tree_mask[i, j], beside all rows before. Not with causal, window_size, block_mask,
+            alibi_slopes or rotary_cos, which go by the rows' order. See
+            ``flashattn_lite.tree.ancestor_mask``.
         backend: as in ``attention``.
 
     Returns:
@@ -237,6 +244,18 @@ def flash_attn_with_kvcache(
         if cache.stride(-1) != 1 and cache.shape[-1] > 1:
             raise ArgumentError(f"{_NAME}: {argument} must have unit stride in its last dimension")
 
+    if tree_mask is not None:
+        by_order = {
+            **{"causal": causal, "window_size": tuple(window_size) != (-1, -1)},
+            **{"alibi_slopes": alibi_slopes is not None, "rotary_cos": rotary_cos is not None},
+            "block_mask": block_mask is not None,
+        }
+        given = [argument for argument, is_given in by_order.items() if is_given]
+        if given or cache_seqlens is None:
+            clash = f"does not go with {given[0]}" if given else "needs cache_seqlens"
+            raise ArgumentError(f"{_NAME}: tree_mask {clash}")
+        check_tree(tree_mask, q, _NAME)
+
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     window = _window(window_size, capacity)
     lengths = _lengths(cache_seqlens, q)
@@ -250,6 +269,23 @@ def flash_attn_with_kvcache(
 
     def attend(q: Tensor, seqused_k: Tensor | None, seqused_q: Tensor | None) -> Any:
         try:
+            if tree_mask is not None and seqused_k is not None:
+                check_lengths(seqused_k, cache_leftpad, q.shape[1], _NAME)
+            if tree_mask is not None and seqused_q is None and seqused_k is not None:
+                return tree_attention(
+                    *(q, k_cache, v_cache, tree_mask),
+                    seqused_k=seqused_k,
+                    block_table=block_table,
+                    leftpad_k=cache_leftpad,
+                    k_scale=k_scale,
+                    v_scale=v_scale,
+                    softmax_scale=softmax_scale,
+                    softcap=softcap,
+                    sinks=sinks,
+                    return_lse=return_softmax_lse,
+                    backend=backend,
+                    name=_NAME,
+                )
             return attention(
                 q,
                 k_cache,

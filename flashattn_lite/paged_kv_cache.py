@@ -18,6 +18,7 @@ from flashattn_lite._ops import ArgumentError
 from flashattn_lite.attention import attention
 from flashattn_lite.kv_cache import append_kv_cache
 from flashattn_lite.merge import merge_attention_states
+from flashattn_lite.tree import tree_attention
 
 __all__ = ["OutOfPagesError", "PagedKVCache"]
 
@@ -77,8 +78,8 @@ class PagedKVCache:
                 raise ArgumentError(f"PagedKVCache: {argument} is {value}; it must be >= 1")
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
         for argument, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
-            if not 1 <= value <= 256:
-                raise ArgumentError(f"PagedKVCache: {argument} is {value}; it must be 1 to 256")
+            if not 1 <= value <= 576:
+                raise ArgumentError(f"PagedKVCache: {argument} is {value}; it must be 1 to 576")
         if dtype not in (torch.float32, torch.float16, torch.bfloat16, *_QUANTISED):
             raise ArgumentError(
                 f"PagedKVCache: dtype is {dtype}; it must be float32, float16, bfloat16, int8 or "
@@ -274,6 +275,26 @@ class PagedKVCache:
             q,
             self.k[layer],
             self.v[layer],
+            block_table=self.block_table(sequences),
+            seqused_k=self.lengths(sequences),
+            **more,
+        )
+
+    def attend_tree(
+        self,
+        sequences: Sequence[int],
+        q: Tensor,
+        tree_mask: Tensor,
+        *,
+        layer: int = 0,
+        **options: Any,
+    ) -> Any:
+        """Attention of trees of draft tokens: the last seqlen_q tokens of each sequence are the
+        nodes, in q's order; ``truncate`` and ``append`` then keep the path that was accepted. See
+        ``tree_attention`` for tree_mask, the options and the results."""
+        more: dict[str, Any] = {"name": "PagedKVCache.attend_tree"} | self._scales(layer) | options
+        return tree_attention(
+            *(q, self.k[layer], self.v[layer], tree_mask),
             block_table=self.block_table(sequences),
             seqused_k=self.lengths(sequences),
             **more,

@@ -419,15 +419,32 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "sinks": (_paged(sinks=torch.ones(3)), "sinks has shape"),
     "window": (_paged(window_size=(1, 2, 3)), "window_size"),
     "backend": (_paged(backend="nothing"), "nothing"),
-    "head dim of MLA": (
+    "head dim beyond MLA's": (
         _contiguous(
-            q=torch.randn(2, 1, 4, 576),
-            k=torch.randn(2, 1, 1, 576),
+            q=torch.randn(2, 1, 4, 577),
+            k=torch.randn(2, 1, 1, 577),
             v=torch.randn(2, 1, 1, 512),
-            k_cache=torch.randn(2, 12, 1, 576),
+            k_cache=torch.randn(2, 12, 1, 577),
             v_cache=torch.randn(2, 12, 1, 512),
         ),
-        "head_dim 576; it must be 1 to 256",
+        "head_dim 577; it must be 1 to 576",
+    ),
+    "tree of int": (_paged(tree_mask=torch.ones(1, 1)), "tree_mask is torch.float32"),
+    "tree of another size": (
+        _paged(tree_mask=torch.ones(2, 2, dtype=torch.bool)),
+        "tree_mask has shape (2, 2); it must be (seqlen_q, seqlen_q)",
+    ),
+    "tree with causal": (
+        _paged(tree_mask=torch.ones(1, 1, dtype=torch.bool), causal=True),
+        "tree_mask does not go with causal",
+    ),
+    "tree beyond the sequence": (
+        _paged(
+            q=torch.randn(2, 3, 4, 8),
+            tree_mask=torch.ones(3, 3, dtype=torch.bool),
+            cache_seqlens=int32(10, 1),
+        ),
+        "cache_seqlens[1] + new rows is 2; with tree_mask it must count the 3 rows",
     ),
 }
 

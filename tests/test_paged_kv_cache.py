@@ -194,7 +194,7 @@ def test_errors() -> None:
     assert cache.length(sequence) == 0 and cache.free_pages == 2
     with pytest.raises(fal.ArgumentError, match="page_size is 0"):
         fal.PagedKVCache(2, 0, 1, 8)
-    with pytest.raises(fal.ArgumentError, match="head_dim is 576; it must be 1 to 256"):
-        fal.PagedKVCache(2, 4, 1, 576, 512)
+    with pytest.raises(fal.ArgumentError, match="head_dim is 577; it must be 1 to 576"):
+        fal.PagedKVCache(2, 4, 1, 577, 512)
     with pytest.raises(fal.ArgumentError, match="window cannot be used here"):
         cache.attend_cascade([sequence], torch.zeros(1, 1, 1, 8), window=(1, 1))
