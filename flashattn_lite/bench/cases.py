@@ -21,6 +21,9 @@ class Case:
     dtype: str  # a key of DTYPES
     head_dim: int
     seqlen: int  # of queries and keys; the longest one of a ragged batch
+    tokens: int = 0  # queries of each sequence, over a cache of its length; 0: as many as keys
+    storage: str = ""  # "int8" or "fp8": how the cache holds K and V; default: as dtype
+    page_size: int = 0  # of a paged cache; 0: contiguous
     batch: int = 1
     heads: int = 1
     heads_k: int = 0  # 0: as many as heads
@@ -44,6 +47,12 @@ class Case:
             raise ValueError(
                 f"Case: a block mask is measured alone, at lengths that are multiples of {BLOCK}"
             )
+        if self.storage not in ("", "int8", "fp8"):
+            raise ValueError(f"Case: storage is {self.storage!r}; it must be int8, fp8 or empty")
+        if self.tokens and (self.causal or self.backward):
+            raise ValueError("Case: decoding is measured forward, every query seeing all keys")
+        if not self.tokens and (self.storage or self.page_size):
+            raise ValueError("Case: a cache is measured with tokens")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -66,7 +75,15 @@ class Case:
         """Pairs (query row, key) that attend, over all sequences, per head."""
         if self.block_density is not None:
             return self.batch * self.seqlen * self.listed_blocks() * BLOCK
+        if self.tokens:
+            return self.tokens * sum(self.sequences())
         return sum(visible_pairs(n, self.causal, self.window) for n in self.sequences())
+
+    def cache_bytes(self) -> int:
+        """Bytes of K and V, factors of quantised rows included: what decoding has to read."""
+        element = 1 if self.storage else self.torch_dtype.itemsize
+        row = element * self.head_dim + (4 if self.storage else 0)
+        return 2 * sum(self.sequences()) * self.kv_heads * row
 
     def flops(self) -> int:
         """Useful floating-point operations: two products forward, five more backward."""
@@ -77,6 +94,10 @@ class Case:
             return f"{100 * self.block_density:g} % of the blocks"
         if self.window is not None:
             return f"window {self.window}"
+        if self.tokens:
+            queries = f"{self.tokens} queries" if self.tokens > 1 else "1 query"
+            cache = f", {self.storage}" if self.storage else ""
+            return queries + cache + (f", pages of {self.page_size}" if self.page_size else "")
         return "causal" if self.causal else "dense"
 
     def label(self) -> str:

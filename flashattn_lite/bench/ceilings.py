@@ -4,6 +4,7 @@ The CPU's ceiling is a register-only loop of fused multiply-adds in the active i
 as many threads as the row has; it runs as one more contender in every round, so a change of clock
 frequency moves it as it moves the rows. Matrix products and a large read are shown beside it: on a
 processor with matrix units (AMX) 16-bit products go beyond the FMA peak, and so may PyTorch.
+Decoding is held against reading instead: a sum over as many bytes as the row's K and V have.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ def fma_peak() -> tuple[Callable[[], object], float]:
     return lambda: _ops.fma_peak(FMA_FLOPS), done
 
 
+def read(size: int) -> tuple[Callable[[], object], float]:
+    """A sum over as many bytes on torch's current number of threads, and the bytes."""
+    buffer = torch.ones(max(1, size // 4))
+    return buffer.sum, 4.0 * buffer.numel()
+
+
 def measure(device: str, threads: tuple[int, ...], clock: Clock) -> dict[str, float]:
     """FLOP/s and bytes/s by name, e.g. {"FMA, 1 thread": 9e10, "read, 1 thread": 1e10}."""
     found = {}
@@ -41,8 +48,8 @@ def measure(device: str, threads: tuple[int, ...], clock: Clock) -> dict[str, fl
             a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
             seconds = _best(lambda a=a, b=b: torch.mm(a, b), clock, rounds)  # type: ignore[misc]
             found[f"matmul {name}, {on}"] = 2.0 * n**3 / seconds
-        buffer = torch.ones(2**26)  # 256 MiB: beyond most caches
-        found[f"read, {on}"] = 4.0 * buffer.numel() / _best(buffer.sum, clock, rounds)
+        run, size = read(2**28)  # 256 MiB: beyond most caches
+        found[f"read, {on}"] = size / _best(run, clock, rounds)
     return found
 
 

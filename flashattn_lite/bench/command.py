@@ -22,7 +22,8 @@ from flashattn_lite.bench.timing import Rounds
 EPILOG = """\
 suites: forward, training (forward and backward), masks (window, ragged batches, bias, ALiBi,
 grouped heads), overhead (tiny calls), memory (peak, in child processes), scaling (one thread
-to several), papers (the FlashAttention papers' figures, against standard attention).
+to several), decode (one query over a KV cache: plain, quantised, ragged), paged (over pages),
+papers (the FlashAttention papers' figures, against standard attention).
 
 also:
   flashattn-lite bench report [FILE ...]   tables and plots from results

@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,91 +19,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from flashattn_lite.bench.cases import BLOCK, Case
-from flashattn_lite.block_mask import BlockMask
+from flashattn_lite.bench import caches
+from flashattn_lite.bench.cases import Case
+from flashattn_lite.bench.inputs import Entry, Inputs, Tensors
 
 OURS = "flashattn_lite"
-Tensors = tuple[Tensor, ...]
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class Inputs:
-    """A case's tensors, the same numbers in every layout."""
-
-    def __init__(self, case: Case, seed: int = 0) -> None:
-        self.case = case
-        generator = torch.Generator().manual_seed(seed)
-        total, dim = sum(case.sequences()), case.head_dim
-
-        def make(heads: int) -> Tensor:
-            t = torch.randn(total, heads, dim, generator=generator).to(case.torch_dtype)
-            return (t if case.lengths else t.view(case.batch, case.seqlen, heads, dim)).to(
-                case.device
-            )
-
-        self.q, self.k, self.v = make(case.heads), make(case.kv_heads), make(case.kv_heads)
-        self.dout = make(case.heads)
-        self.bias: Tensor | None = None
-        self.slopes: Tensor | None = None
-        if case.score == "bias":
-            bias = torch.randn(case.heads, case.seqlen, case.seqlen, generator=generator)
-            self.bias = bias.to(case.device, case.torch_dtype)[None]
-        elif case.score == "alibi":
-            exponents = torch.arange(1, case.heads + 1) * (-8.0 / case.heads)
-            self.slopes = torch.exp2(exponents).to(case.device)
-
-    @cached_property
-    def cu_seqlens(self) -> Tensor:
-        """int32 (batch + 1)."""
-        lengths = torch.tensor([0, *self.case.sequences()])
-        return lengths.cumsum(0).to(torch.int32).to(self.case.device)
-
-    @cached_property
-    def block_mask(self) -> BlockMask | None:
-        """As many blocks in each block row, drawn at random."""
-        if self.case.block_density is None:
-            return None
-        n, generator = self.case.seqlen // BLOCK, torch.Generator().manual_seed(0)
-        order = torch.rand(n, n, generator=generator).argsort(-1).argsort(-1)
-        listed = order < self.case.listed_blocks()
-        return BlockMask.from_blocks(listed, self.case.seqlen, self.case.seqlen, block_size=BLOCK)
-
-    @cached_property
-    def position(self) -> tuple[Tensor, Tensor]:
-        """For every packed row: its sequence, and its place there."""
-        lengths = torch.tensor(self.case.sequences())
-        sequence = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        start = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        place = torch.arange(int(lengths.sum())) - start
-        return sequence.to(self.case.device), place.to(self.case.device)
-
-    def padded(self, t: Tensor) -> Tensor:
-        """(total, heads, dim) -> (batch, longest, heads, dim), zeros at the end."""
-        shape = (len(self.case.sequences()), self.case.seqlen, *t.shape[1:])
-        result = t.new_zeros(shape)
-        result[self.position] = t
-        return result
-
-    def leaves(self, layout: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v (leaves that want gradients if the case has a backward) and dout."""
-        tensors = (self.q, self.k, self.v, self.dout)
-        if layout in ("padded", "padded_first"):
-            tensors = tuple(self.padded(t) for t in tensors)  # type: ignore[assignment]
-        if layout in ("heads_first", "padded_first"):
-            tensors = tuple(t.transpose(1, 2).contiguous() for t in tensors)  # type: ignore[assignment]
-        q, k, v, dout = (t.clone() for t in tensors)
-        if self.case.backward:
-            q, k, v = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-        return q, k, v, dout
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A contender bound to its tensors. ``run`` returns out, or (out, dq, dk, dv)."""
-
-    run: Callable[[], Tensors]
-    layout: str  # native, heads_first, padded_first
-    same_result: bool = True  # False: shown for comparison only, it computes something else
 
 
 def bind(case: Case, inputs: Inputs, forward: Forward, layout: str, same: bool = True) -> Entry:
@@ -128,6 +49,8 @@ def bind(case: Case, inputs: Inputs, forward: Forward, layout: str, same: bool =
 
 def ours(case: Case, inputs: Inputs, backend: str = "auto") -> Entry:
     """The drop-in functions; ``attention`` where they have no such option."""
+    if case.tokens:
+        return caches.ours(case, inputs)
     from flashattn_lite import attention, flash_attn_func, flash_attn_varlen_func
 
     window = (-1, -1) if case.window is None else (case.window, 0)
@@ -339,8 +262,9 @@ def _here(device: str) -> str | None:
     return None
 
 
-def _anything(case: Case) -> str | None:
-    return None
+def _sdpa_refuses(case: Case) -> str | None:
+    plain = not (case.tokens and (case.lengths or case.storage or case.page_size))
+    return None if plain else "it decodes over contiguous caches of one length"
 
 
 def _cuda_only(device: str) -> str | None:
@@ -364,12 +288,12 @@ def _package(package: str) -> Callable[[str], str | None]:
 
 def _only_dense(case: Case) -> str | None:
     masked = case.window is not None or case.block_density is not None
-    plain = not (case.lengths or case.score or masked or case.heads_k)
+    plain = not (case.lengths or case.score or masked or case.heads_k or case.tokens)
     return None if plain else "measured on dense and causal shapes only"
 
 
 def _flex_refuses(case: Case) -> str | None:
-    if case.lengths or case.score:
+    if case.lengths or case.score or case.tokens:
         return "measured on dense, causal and window shapes only"
     return "it has no backward on the CPU" if case.backward and case.device == "cpu" else None
 
@@ -384,7 +308,22 @@ COMPETITORS: dict[str, Competitor] = {
         _here,
         lambda c: None if c.suite == "papers" else "measured in the papers' suite only",
     ),
-    "sdpa": Competitor(sdpa, _here, _anything),
+    "one_by_one": Competitor(  # and of a batch of caches, of a quantised and of a paged one
+        caches.one_by_one,
+        _here,
+        lambda c: None if c.tokens and c.lengths else "measured beside ragged caches only",
+    ),
+    "unquantised": Competitor(
+        caches.unquantised,
+        _here,
+        lambda c: None if c.storage else "measured beside quantised caches only",
+    ),
+    "contiguous": Competitor(
+        caches.contiguous,
+        _here,
+        lambda c: None if c.page_size else "measured beside paged caches only",
+    ),
+    "sdpa": Competitor(sdpa, _here, _sdpa_refuses),
     "sdpa_causal": Competitor(
         sdpa_causal,
         _here,
@@ -396,7 +335,9 @@ COMPETITORS: dict[str, Competitor] = {
         lambda c: None if c.block_density is not None else "measured beside block masks only",
     ),
     "sdpa_loop": Competitor(
-        sdpa_loop, _here, lambda c: None if c.lengths else "measured on ragged batches only"
+        sdpa_loop,
+        _here,
+        lambda c: None if c.lengths and not c.tokens else "measured on ragged batches only",
     ),
     "sdpa_math": Competitor(
         lambda c, i: sdpa(c, i, SDPBackend.MATH), _here, _only_dense, lambda device: device == "cpu"
@@ -411,9 +352,11 @@ COMPETITORS: dict[str, Competitor] = {
         lambda c: (
             "it has no bias"
             if c.score == "bias"
-            else None
-            if c.block_density is None
             else "it has no block mask"
+            if c.block_density is not None
+            else "measured with prompts only"
+            if c.tokens
+            else None
         ),
     ),
     "xformers": Competitor(xformers, _package("xformers"), _only_dense),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashattn_lite import reference
 from flashattn_lite.bench.cases import Case
-from flashattn_lite.bench.contenders import Inputs, Tensors
+from flashattn_lite.bench.inputs import Inputs, Tensors
 from flashattn_lite.testing import error_budget
 
 NAMES = ("out", "dq", "dk", "dv")
@@ -53,6 +53,9 @@ class Truth:
 def probes(case: Case) -> list[tuple[int, int, int, int]]:
     """(sequence, head, first row, last row + 1)."""
     lengths = case.sequences()
+    if case.tokens:
+        heads = (0, case.heads - 1)
+        return [(s, h, 0, case.tokens) for s in {0, len(lengths) - 1} for h in heads]
     longest = lengths.index(max(lengths))
     shortest = lengths.index(min(lengths))
     if case.backward:
@@ -111,7 +114,7 @@ def _pick(case: Case, inputs: Inputs, t: Tensor, layout: str, sequence: int, hea
     n = case.sequences()[sequence]
     if layout in ("heads_first", "padded_first"):
         return t[sequence, head, :n]
-    if case.lengths:
+    if case.lengths and t.dim() == 3:
         begin = int(inputs.cu_seqlens[sequence])
         return t[begin : begin + n, head]
     return t[sequence, :, head]
@@ -134,7 +137,7 @@ def _oracle(
         return _pick(case, inputs, t, "native", sequence, h)[None, :, None]
 
     q, dout = one(inputs.q, head), one(inputs.dout, head)
-    k, v = one(inputs.k, kv_head).to(precision), one(inputs.v, kv_head).to(precision)
+    k, v = (one(t, kv_head).to(precision) for t in inputs.read)
     k, v = k.requires_grad_(case.backward), v.requires_grad_(case.backward)
     options: reference.Options = {"precision": precision, "causal": case.causal}
     if case.window is not None:

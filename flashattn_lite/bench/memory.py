@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from flashattn_lite.bench.cases import Case
-from flashattn_lite.bench.contenders import COMPETITORS, OURS, Inputs, ours
+from flashattn_lite.bench.contenders import COMPETITORS, OURS, ours
+from flashattn_lite.bench.inputs import Inputs
 
 # Each allocation of some size is mapped by itself, so that what was freed is not resident.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}

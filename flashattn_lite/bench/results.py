@@ -26,7 +26,7 @@ class Row:
     baseline: str = ""
     ratios: dict[str, Ratio] = field(default_factory=dict)  # contender / ours, by wall clock
     cpu_ratio: Ratio | None = None  # baseline / ours by CPU time, with one thread
-    peak: float | None = None  # useful FLOP/s as a share of the FMA peak
+    peak: float | None = None  # useful FLOP/s of the FMA peak; decoding: bytes/s of the read rate
     error: float | None = None  # of the output against float64, largest element
     baseline_error: float | None = None
     budget_used: float | None = None  # the worst error as a share of what is allowed

@@ -10,7 +10,8 @@ import torch
 
 from flashattn_lite.bench import ceilings, exactness, machine, memory
 from flashattn_lite.bench.cases import Case
-from flashattn_lite.bench.contenders import COMPETITORS, OURS, Entry, Inputs, ours
+from flashattn_lite.bench.contenders import COMPETITORS, OURS, ours
+from flashattn_lite.bench.inputs import Entry, Inputs
 from flashattn_lite.bench.results import FLASH1, Row
 from flashattn_lite.bench.timing import (
     Clock,
@@ -24,7 +25,7 @@ from flashattn_lite.bench.timing import (
     ratio,
 )
 
-FMA = "fma"  # the ceiling's name among the samples
+FMA, READ = "fma", "read"  # the ceilings' names among the samples
 OVERHEAD = Rounds(budget_s=1.0, at_least=15, min_sample_s=0.01)
 
 
@@ -110,22 +111,24 @@ def _measure_time(case: Case, settings: Settings) -> Row:
     if case.suite == "scaling":
         return _measure_scaling(case, settings, entries, row)
     contenders = {name: Contender(entry.run) for name, entry in entries.items()}
-    fma_flops = 0.0
+    ceiling, most, work = (READ if case.tokens else FMA), 0.0, case.flops()
     if case.device == "cpu" and case.suite != "overhead":
-        peak, fma_flops = ceilings.fma_peak()
-        contenders[FMA] = Contender(peak)
+        if case.tokens:
+            work = case.cache_bytes()
+        peak, most = ceilings.read(work) if case.tokens else ceilings.fma_peak()
+        contenders[ceiling] = Contender(peak)
     rounds = OVERHEAD if case.suite == "overhead" else settings.rounds
     row.samples = interleave(contenders, clock_for(case, settings), rounds)
     mine = row.samples[OURS]
     for name, theirs in row.samples.items():
-        if name not in (OURS, FMA):
+        if name not in (OURS, ceiling):
             row.ratios[name] = ratio(theirs.wall, mine.wall)
     if case.device == "cpu" and case.threads == 1 and row.baseline:
         row.cpu_ratio = ratio(row.samples[row.baseline].cpu, mine.cpu)
-    if fma_flops:
+    if most:
         clock = "cpu" if case.threads == 1 else "wall"  # what one thread did, not what it waited
-        pairs = zip(row.samples[FMA].of(clock), mine.of(clock), strict=True)
-        row.peak = statistics.median(case.flops() / t / (fma_flops / p) for p, t in pairs)
+        pairs = zip(row.samples[ceiling].of(clock), mine.of(clock), strict=True)
+        row.peak = statistics.median(work / t / (most / p) for p, t in pairs)
     return row
 
 

@@ -9,7 +9,10 @@ from typing import Any
 
 from flashattn_lite.bench.cases import DTYPES, Case
 
-SUITES = ("forward", "training", "masks", "overhead", "memory", "scaling", "papers", "sparse")
+SUITES = (
+    *("forward", "training", "masks", "overhead", "memory", "scaling", "decode", "paged", "papers"),
+    "sparse",
+)
 SIZES = ("quick", "default", "full")
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -221,6 +224,52 @@ def _scaling(plan: Plan) -> list[Case]:
     return cases
 
 
+CACHE_LENGTHS = (1024, 4096, 16384, 32768)
+GROUPED: dict[str, Any] = {"heads": 32, "heads_k": 8, "head_dim": 128, "tokens": 1}
+PLAIN: dict[str, Any] = {"heads": 8, "head_dim": 128, "tokens": 1}
+
+
+def _decode(plan: Plan) -> list[Case]:
+    """One query over a cache; and what quantising and a batch of unlike lengths change."""
+    lengths = {"quick": (4096,), "default": CACHE_LENGTHS}.get(plan.size, (*CACHE_LENGTHS, 2048))
+    cases = []
+    for i, n in enumerate(lengths):
+        threads = plan.threads if plan.size == "full" else (plan.threads[i % len(plan.threads)],)
+        for t in threads:
+            common: dict[str, Any] = {"seqlen": n, "threads": t}
+            for dtype in plan.dtypes:
+                cases += [plan.case("decode", dtype=dtype, **s, **common) for s in (GROUPED, PLAIN)]
+            if n == 16384 or plan.size == "quick":
+                cases += [
+                    plan.case("decode", dtype="bf16", storage=storage, **PLAIN, **common)
+                    for storage in ("int8", "fp8")
+                ]
+    ragged = ragged_lengths(8, 4096)
+    cases += [
+        plan.case(
+            "decode", dtype=d, lengths=ragged, batch=8, seqlen=max(ragged), **GROUPED, threads=t
+        )
+        for d in plan.dtypes
+        for t in plan.threads
+        if plan.size != "quick"
+    ]
+    return cases
+
+
+def _paged(plan: Plan) -> list[Case]:
+    """Over pages in a random order, against the same rows in one piece."""
+    lengths = {"quick": (4096,), "default": (1024, 4096, 16384)}.get(plan.size, CACHE_LENGTHS)
+    sizes = {"quick": (16,), "default": (16,)}.get(plan.size, (1, 16, 64, 256))
+    return [
+        plan.case("paged", dtype=d, seqlen=n, page_size=size, **shape, threads=t)
+        for d in plan.dtypes
+        for i, n in enumerate(lengths)
+        for size in sizes
+        for shape in (GROUPED, PLAIN)
+        for t in (plan.threads if plan.size == "full" else (plan.threads[i % len(plan.threads)],))
+    ]
+
+
 def _papers(plan: Plan) -> list[Case]:
     """The FlashAttention papers' figures: time of forward + backward over the length, with and
     without a causal mask, against standard attention."""
@@ -345,6 +394,8 @@ _CPU: dict[str, Callable[[Plan], list[Case]]] = {
     "overhead": _overhead,
     "memory": _memory,
     "scaling": _scaling,
+    "decode": _decode,
+    "paged": _paged,
     "papers": _papers,
     "sparse": _sparse,
 }
@@ -355,6 +406,8 @@ _CUDA: dict[str, Callable[[Plan], list[Case]]] = {
     "overhead": _cuda_overhead,
     "memory": _cuda_memory,
     "scaling": lambda plan: [],  # threads are the CPU's
+    "decode": lambda plan: [],
+    "paged": lambda plan: [],
     "papers": lambda plan: _cuda_dense("papers", plan, backward=True),
     "sparse": _cuda_sparse,
 }
@@ -365,6 +418,25 @@ _CUDA: dict[str, Callable[[Plan], list[Case]]] = {
 
 def _is(dtype: str, causal: bool, longest: float = float("inf")) -> Callable[[Case], bool]:
     return lambda c: (c.dtype, c.causal) == (dtype, causal) and c.seqlen <= longest
+
+
+def _cache_groups() -> list[Group]:
+    def plain(dtype: str, grouped: bool) -> Callable[[Case], bool]:
+        return lambda c: (
+            (c.dtype, bool(c.heads_k)) == (dtype, grouped) and not (c.lengths or c.storage)
+        )
+
+    return [
+        *(
+            Group("decode", f"{d}, 4 query heads to a K/V head", aim, plain(d, True))
+            for d, aim in (("fp32", 2.5), ("bf16", 15.0), ("fp16", 20.0))
+        ),
+        Group("decode", "fp32, no grouped heads", 1.3, plain("fp32", False)),
+        Group("decode", "int8, against bf16", 1.6, lambda c: c.storage == "int8"),
+        Group("decode", "fp8, against bf16", None, lambda c: c.storage == "fp8"),
+        Group("decode", "8 ragged sequences, against one by one", 1.0, lambda c: bool(c.lengths)),
+        Group("paged", "pages of 16, against contiguous", 0.9, lambda c: c.page_size == 16),
+    ]
 
 
 def _groups() -> list[Group]:
@@ -391,6 +463,7 @@ def _groups() -> list[Group]:
         ),
         Group("overhead", "small calls, forward", 0.8, lambda c: not c.backward),
         Group("overhead", "small calls, forward + backward", None, lambda c: c.backward),
+        *_cache_groups(),
         Group("scaling", "1 -> 2 threads", 1.85, lambda c: c.threads == 2),
         Group("memory", "peak memory, against PyTorch", 1.0, lambda c: True),
     ]
