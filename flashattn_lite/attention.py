@@ -278,6 +278,8 @@ def attention(
         or (sinks is not None and sinks.requires_grad)
         or (bias is not None and bias.requires_grad)
     )
+    if needs_grad:
+        _refuse_wide_gradients(name, q, v)
     transformed = needs_grad and torch._C._functorch.maybe_current_level() is not None
     try:
         if (
@@ -320,12 +322,6 @@ def attention(
             *(softmax_scale, softcap, left, right, dropout_p, backend),
         )
         if needs_grad:
-            for argument, t in (("q", q), ("v", v)):
-                if t.shape[-1] > 256:
-                    raise _ops.ArgumentError(
-                        f"{name}: {argument} has head_dim {t.shape[-1]}; it must be 1 to 256 where "
-                        "a gradient is wanted"
-                    )
             others = (*lengths, *numbers)
             function: Any = TransformableAttention if transformed else Attention
             out, lse = function.apply(q, k, v, sinks, bias, others, name, deterministic)
@@ -344,6 +340,16 @@ def attention(
         )
         raise _ops.argument_error(error, name) from None
     return (out, lse) if return_lse else out
+
+
+def _refuse_wide_gradients(name: str, q: Tensor, v: Tensor) -> None:
+    """Before the forward pass, which takes wider heads when it decodes, rather than after it."""
+    for argument, t in (("q", q), ("v", v)):
+        if isinstance(t, Tensor) and t.dim() > 0 and t.shape[-1] > 256:
+            raise _ops.ArgumentError(
+                f"{name}: {argument} has head_dim {t.shape[-1]}; it must be 1 to 256 where a "
+                "gradient is wanted"
+            )
 
 
 def plain_attention(
@@ -380,7 +386,8 @@ def plain_attention(
                 torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             ):
                 return _ops.forward_plain_untraced(q, k, v, softmax_scale, -1, right)[0]  # type: ignore[no-any-return]
-            if torch._C._functorch.maybe_current_level() is None:
+            narrow = q.shape[-1:] <= (256,) and v.shape[-1:] <= (256,)
+            if narrow and torch._C._functorch.maybe_current_level() is None:
                 options, rest = (softmax_scale, -1, right), (deterministic, name)
                 return apply_plain(q, k, v, options, rest)
         except RuntimeError as error:

@@ -110,5 +110,7 @@ def test_what_is_not_decode_is_refused() -> None:
     few = q[:, :2].requires_grad_()
     with pytest.raises(fal.ArgumentError, match="it must be 1 to 256 where a gradient is wanted"):
         fal.attention(few, k, v)
+    with pytest.raises(fal.ArgumentError, match="it must be 1 to 256 where a gradient is wanted"):
+        fal.flash_attn_func(few, k, v)
     with pytest.raises(fal.ArgumentError, match="head dims above 256 without dropout"):
         fal.attention(q[:, :2], k, v, dropout_p=0.5)
