@@ -119,6 +119,32 @@ FAL_INLINE PanelMask panel_mask(const Band& band, const HeadMask* mask, Range ro
   return lanes;
 }
 
+FAL_INLINE Range unite(Range a, Range b) {
+  if (a.empty() || b.empty()) return a.empty() ? b : a;
+  return {min_int(a.begin, b.begin), max_int(a.end, b.end)};
+}
+
+// The rows of the panel that begins at `row` of the tile.
+FAL_INLINE Range rows_of_panel(Range rows, int row) {
+  return {rows.begin + row, min_int(rows.begin + row + kPanel, rows.end)};
+}
+
+// What each panel of a tile computes under a block mask.
+static FAL_NOINLINE void find_panels(const Band& band, const HeadMask& mask, Range rows, Range keys,
+                                     PanelRange* panels) {
+  Range hull{0, 0};
+  for (int row = 0; row < rows.size(); row += kPanel) {
+    const PanelRange panel = sparse_panel_range(band, mask, rows_of_panel(rows, row), keys, kRows);
+    panels[row / kPanel] = panel;
+    hull = unite(hull, {panel.begin, panel.end});
+  }
+  // Zeros wherever some panel of the tile is read and this one computes nothing.
+  for (int row = 0; row < rows.size(); row += kPanel) {
+    panels[row / kPanel].fill_begin = hull.begin;
+    panels[row / kPanel].fill_end = hull.end;
+  }
+}
+
 // A tile's answers for the vector products.
 struct TileView {
   Band band;
@@ -128,12 +154,10 @@ struct TileView {
 
   FAL_INLINE TileView(const Band& band, const HeadMask* mask, Range rows, Range keys)
       : band(band), mask(mask), rows(rows), keys(keys) {
-    if (mask) find_panels();
+    if (mask) find_panels(band, *mask, rows, keys, panels);
   }
 
-  FAL_INLINE Range panel_rows(int row) const {
-    return {rows.begin + row, min_int(rows.begin + row + kPanel, rows.end)};
-  }
+  FAL_INLINE Range panel_rows(int row) const { return rows_of_panel(rows, row); }
   FAL_INLINE PanelRange panel(int row) const {
     if (mask) return panels[row / kPanel];
     return panel_range(band, panel_rows(row), keys, kRows, kRows - 1);
@@ -171,25 +195,6 @@ struct TileView {
   FAL_INLINE bool shows(int row, int key) const {
     const int i = rows.begin + row, j = keys.begin + key;
     return !mask || (band.visible(i, j) && mask->visible(i, j));
-  }
-
- private:
-  FAL_INLINE static Range unite(Range a, Range b) {
-    if (a.empty() || b.empty()) return a.empty() ? b : a;
-    return {min_int(a.begin, b.begin), max_int(a.end, b.end)};
-  }
-  FAL_NOINLINE void find_panels() {
-    Range hull{0, 0};
-    for (int row = 0; row < rows.size(); row += kPanel) {
-      const PanelRange panel = sparse_panel_range(band, *mask, panel_rows(row), keys, kRows);
-      panels[row / kPanel] = panel;
-      hull = unite(hull, {panel.begin, panel.end});
-    }
-    // Zeros wherever some panel of the tile is read and this one computes nothing.
-    for (int row = 0; row < rows.size(); row += kPanel) {
-      panels[row / kPanel].fill_begin = hull.begin;
-      panels[row / kPanel].fill_end = hull.end;
-    }
   }
 };
 

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
                             address_columns_first<kDim>(smem_k, 0, lane));
   const float scale = problem.score.scale, factor[2][2] = {{scale, scale}, {scale, scale}};
   const Band band = Band::make(problem.lengths.seqlen_q, problem.lengths.seqlen_k, problem.window);
-  mask_scores(acc, band, row0 + warp_row + lane / 4, key0 + lane % 4 * 2);
+  hide(acc, band, row0 + warp_row + lane / 4, key0 + lane % 4 * 2, -FAL_INFINITY);
   stage_rows<T, kTile>(smem_s, warp_row, acc, factor, lane);
   __syncwarp();
   store_rows<T, kTile, 32, kWarpSize>(smem_s, warp_row, kTile, kTile, true, lane,
