@@ -74,7 +74,7 @@ def test_wrong_usage_exits_with_2_and_says_why(
     ("arguments", "message"),
     [
         (["bench", "--threads", "4096"], "--threads 4096: this process may use"),
-        (["bench", "--competitors", "nobody"], "--competitors has nobody; known: standard, one_by_one"),
+        (["bench", "--competitors", "nobody"], "--competitors has nobody; known: standard"),
         (["bench", "report", "none.json"], "none.json: No such file or directory"),
         (["bench", "compare", "a.json", "b.json"], "a.json: No such file or directory"),
         (["bench", "scaling", "--threads", "1", "--no-json"], "nothing to measure"),
