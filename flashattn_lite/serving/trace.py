@@ -64,18 +64,22 @@ class TraceWriter:
         stats: dict[str, int | float],
     ) -> None:
         """What a step did."""
-        gauges = {name: stats[name] for name in ("waiting", "running", "free_pages")}
-        line = {"event": "step", "step": number, "time": time, **_facts(step, outputs), **gauges}
+        facts = _facts(step, outputs, stats)
+        line = {"event": "step", "step": number, "time": time, **facts}
         self._write(line)
         self._file.flush()
 
 
-def _facts(step: Step, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+def _facts(
+    step: Step, outputs: Sequence[RequestOutput], stats: dict[str, int | float]
+) -> dict[str, Any]:
+    """What a replay must repeat: what was run, what came out, and how full the engine was."""
     return {
         "chunks": [[c.request.request_id, c.start, c.count] for c in step.chunks],
         "preempted": [request.request_id for request in step.preempted],
         "tokens": {o.request_id: list(o.token_ids) for o in outputs if o.token_ids},
         "finished": {o.request_id: o.finish_reason for o in outputs if o.finished},
+        **{name: stats[name] for name in ("waiting", "running", "free_pages")},
     }
 
 
@@ -136,5 +140,4 @@ class _Recorder(TraceWriter):
         outputs: Sequence[RequestOutput],
         stats: dict[str, int | float],
     ) -> None:
-        gauges = {name: stats[name] for name in ("waiting", "running", "free_pages")}
-        self.facts = {**_facts(step, outputs), **gauges}
+        self.facts = _facts(step, outputs, stats)
