@@ -442,8 +442,8 @@ def attention_weights(
     """
     values = k[..., :1] if v is None else v
     results = _run(q, k, values, options)
-    seqlen_q = q.shape[1] if q.dim() == 4 else max((s.seqlen_q for s, *_ in results), default=0)
-    seqlen_k = max((s.seqlen_k for s, *_ in results), default=0)
+    seqlen_q = q.shape[1] if q.dim() == 4 else max([0, *(s.seqlen_q for s, *_ in results)])
+    seqlen_k = max([0, *(s.seqlen_k for s, *_ in results)])
     if k.dim() == 4 and options.get("block_table") is None:
         seqlen_k = k.shape[1]
     weights = q.new_zeros(

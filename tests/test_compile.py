@@ -9,7 +9,13 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor
 
-from flashattn_lite import _ops, attention, flash_attn_func, flash_attn_varlen_func
+from flashattn_lite import (
+    _ops,
+    attention,
+    attention_weights,
+    flash_attn_func,
+    flash_attn_varlen_func,
+)
 from flashattn_lite.testing import EDGE_CASES, Case, make_inputs
 
 CASES = [
@@ -106,6 +112,23 @@ def test_dropout_under_compile_follows_torch_seed() -> None:
     assert torch.equal(compiled(q), first) and not torch.equal(first, second)
     torch.manual_seed(7)
     assert torch.equal(flash_attn_func(q, q, q, dropout_p=0.3), first)
+
+
+def test_what_inspects_attention_compiles() -> None:
+    q, k, v = torch.randn(2, 9, 4, 8), torch.randn(2, 12, 2, 8), torch.randn(2, 12, 2, 8)
+
+    def weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_weights(q, k, causal=True)
+
+    def signed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn_func(q, k, v, dropout_p=0.3, return_attn_probs=True)[2]
+
+    for function in (weights, signed):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.manual_seed(3)
+        expected = function(q, k, v)
+        torch.manual_seed(3)
+        assert torch.equal(compiled(q, k, v), expected)
 
 
 def test_inductor() -> None:
