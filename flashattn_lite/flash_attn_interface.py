@@ -197,6 +197,15 @@ def flash_attn_func(
 
     Source: the flash_attn package, version 2.8.
     """
+    if (
+        window_size is _NO_WINDOW
+        and alibi_slopes is None
+        and block_mask is None
+        and return_attn_probs is False
+        and type(dropout_p) is type(softcap) is float
+        and not (dropout_p or softcap)
+    ):
+        return plain_attention("flash_attn_func", q, k, v, softmax_scale, causal, deterministic)
     return _attend(
         "flash_attn_func",
         (q, k, v),

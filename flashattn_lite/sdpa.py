@@ -21,7 +21,7 @@ from torch import Tensor
 from flashattn_lite import _argument_types
 from flashattn_lite._masks import TOP_LEFT_CAUSAL, MaskOptions, band_options, mask_options
 from flashattn_lite._ops import ArgumentError
-from flashattn_lite.attention import attention, autocasts
+from flashattn_lite.attention import attention, autocasts, plain_attention
 
 __all__ = ["SdpaCalls", "scaled_dot_product_attention", "use_as_sdpa"]
 
@@ -71,6 +71,10 @@ def scaled_dot_product_attention(
 
     Source: torch.nn.functional.scaled_dot_product_attention.
     """
+    if attn_mask is None and type(dropout_p) is float and not dropout_p:
+        plain = _plain(query, key, value, is_causal, scale, enable_gqa)
+        if plain is not None:
+            return plain
     if type(dropout_p) is not float:
         dropout_p = _argument_types.number(_NAME, "dropout_p", dropout_p)
     if type(is_causal) is not bool:
@@ -111,6 +115,29 @@ def scaled_dot_product_attention(
     if query.dim() == 4 and lead == out.shape[:1]:
         return out
     return out.reshape(*lead, *out.shape[1:]) if query.dim() > 2 else out[0, 0]
+
+
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor | None:
+    """The common call, without a mask, by the fewest steps: it saves a tiny call 5 of 15 us. None
+    where more steps are needed, if only to say what is wrong."""
+    try:
+        if (
+            query.dim() == 4
+            and (query.size(1) == key.size(1) or enable_gqa)
+            and (not is_causal or query.size(2) == key.size(2))
+        ):
+            q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+            return plain_attention(_NAME, q, k, v, scale, is_causal, False).transpose(1, 2)
+    except (AttributeError, IndexError, TypeError, RuntimeError):
+        pass
+    return None
 
 
 # ---- arguments -----------------------------------------------------------------------------------
