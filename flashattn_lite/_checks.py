@@ -167,11 +167,12 @@ def _check_contents(q: Tensor, k: Tensor, batch: int, options: Options) -> None:
     bias = options.get("bias")
     if bias is not None:
         full = (batch, q.shape[-2], max(lengths["q"], default=0), max(lengths["k"], default=0))
-        for have, want in zip(bias.shape[2:], full[2:], strict=True):
-            if have != 1 and have < want:
-                raise ArgumentError(
-                    f"bias has shape {tuple(bias.shape)}; it must broadcast to {full}"
-                )
+        fits = len(bias.shape) == 4 and all(
+            have == 1 or (have == want if d < 2 else have >= want)
+            for d, (have, want) in enumerate(zip(bias.shape, full, strict=True))
+        )
+        if not fits:
+            raise ArgumentError(f"bias has shape {tuple(bias.shape)}; it must broadcast to {full}")
     mask = options.get("block_mask")
     if mask is not None:
         _check_block_mask(mask, q, batch, options, lengths)

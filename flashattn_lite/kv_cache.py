@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashattn_lite import _ops
+from flashattn_lite import _argument_types, _ops
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.attention import attention
 from flashattn_lite.block_mask import BlockMask
@@ -115,7 +115,12 @@ def _unit_last(t: Tensor) -> Tensor:
 def _lengths(cache_seqlens: Any, q: Tensor) -> Tensor | None:
     if cache_seqlens is None or isinstance(cache_seqlens, Tensor):
         return cache_seqlens
-    return torch.full((q.shape[0],), int(cache_seqlens), dtype=torch.int32, device=q.device)
+    length = _argument_types.index(_NAME, "cache_seqlens", cache_seqlens)
+    if not 0 <= length < 2**31:
+        raise ArgumentError(
+            f"{_NAME}: cache_seqlens is {length}; it must be 0 to the cache's length"
+        )
+    return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
 
 
 def _window(window_size: Any, capacity: int) -> tuple[int | None, int | None]:
@@ -236,7 +241,10 @@ def flash_attn_with_kvcache(
         raise ArgumentError(f"{_NAME}: rotary_cos is given, which needs k and v to append")
     if cache_batch_idx is not None and block_table is not None:
         raise ArgumentError(f"{_NAME}: cache_batch_idx does not go with block_table")
-    if num_splits < 0:
+    causal = _argument_types.flag(_NAME, "causal", causal)
+    rotary_interleaved = _argument_types.flag(_NAME, "rotary_interleaved", rotary_interleaved)
+    return_softmax_lse = _argument_types.flag(_NAME, "return_softmax_lse", return_softmax_lse)
+    if _argument_types.index(_NAME, "num_splits", num_splits) < 0:
         raise ArgumentError(f"{_NAME}: num_splits is {num_splits}; it must be >= 0 (0 chooses)")
     if k_cache.dim() != 4:
         raise ArgumentError(f"{_NAME}: k_cache has shape {tuple(k_cache.shape)}; it must be 4-D")
@@ -256,7 +264,15 @@ def flash_attn_with_kvcache(
             raise ArgumentError(f"{_NAME}: tree_mask {clash}")
         check_tree(tree_mask, q, _NAME)
 
-    capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    capacity = k_cache.shape[1]
+    if block_table is not None:
+        _argument_types.dense(_NAME, block_table=block_table)
+        if block_table.dim() != 2:
+            raise ArgumentError(
+                f"{_NAME}: block_table has shape {tuple(block_table.shape)}; it must be (batch, "
+                "pages of the longest sequence)"
+            )
+        capacity *= block_table.shape[1]
     window = _window(window_size, capacity)
     lengths = _lengths(cache_seqlens, q)
     if cache_batch_idx is not None:

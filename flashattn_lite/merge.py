@@ -33,9 +33,11 @@ def _combine(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 def _check_dtypes(name: str, **tensors: Tensor) -> None:
     for argument, t in tensors.items():
-        if not t.dtype.is_floating_point:
+        if not t.dtype.is_floating_point or t.dtype.itemsize == 1:
             dtype = str(t.dtype).removeprefix("torch.")
-            raise ArgumentError(f"{name}: {argument} is {dtype}; it must be floating-point")
+            raise ArgumentError(
+                f"{name}: {argument} is {dtype}; it must be floating-point of 16 bits or more"
+            )
 
 
 def merge_attention_states(

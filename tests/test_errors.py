@@ -119,6 +119,8 @@ BAD: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
         paged(seqused_k=ints(8, 9)),
         "more than block_table can address: 2 pages of 4 tokens",
     ),
+    (attention, qkv(bias=R(5, 1, 1, 1)), "bias has shape (5, 1, 1, 1); it must broadcast to"),
+    (attention, qkv(bias=R(3, 1, 1)), "bias has shape (1, 3, 1, 1); it must broadcast to"),
     # numbers
     (attention, qkv(dropout_p=1.0), "dropout_p is 1; it must be in [0, 1)"),
     (attention, qkv(dropout_p=-0.1), "dropout_p is -0.1; it must be in [0, 1)"),
