@@ -56,7 +56,7 @@ SPARSE, NESTED = Q.to_sparse(), torch.nested.nested_tensor([Q[0], Q[1]])
         (lambda: flash_attn_with_kvcache(Q, Q, Q, num_splits="x"), "num_splits is 'x'; it must be"),
         (lambda: flash_attn_with_kvcache(Q, Q, Q, cache_seqlens=1.5), "cache_seqlens is 1.5; it"),
         (lambda: flash_attn_with_kvcache(Q, Q, Q, cache_seqlens=2**31), "cache_seqlens is 2147483"),
-        (lambda: flash_attn_with_kvcache(Q, Q, Q, block_table=CU), "block_table has shape (3,); it"),
+        (lambda: flash_attn_with_kvcache(Q, Q, Q, block_table=CU), "block_table has shape (3,)"),
         (lambda: flash_attn_with_kvcache(Q, Q, Q, block_table=[0]), "block_table is [0]; it must"),
         (lambda: flash_attn_qkvpacked_func([1]), "qkv is [1]; it must be a torch.Tensor"),
         (lambda: flash_attn_varlen_func(ROW, ROW, ROW, CU, None, 3, 3), "cu_seqlens_k is None; it"),
