@@ -6,15 +6,21 @@ Each function takes the name that messages begin with, and arguments by name and
 
 from __future__ import annotations
 
+import functools
+import inspect
 import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from flashattn_lite._ops import ArgumentError
 
-__all__ = ["dense", "flag", "given", "index", "number", "tensors"]
+__all__ = ["by_annotation", "dense", "flag", "given", "index", "number", "tensors"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def tensors(name: str, **values: Any) -> None:
@@ -83,6 +89,31 @@ def flag(name: str, argument: str, value: Any) -> bool:
     except (TypeError, ValueError, RuntimeError):
         pass
     raise TypeError(f"{name}: {argument} is {_text(value)}; it must be a bool")
+
+
+def by_annotation(function: Callable[P, R]) -> Callable[P, R]:
+    """A decorator: what the function annotates as int, bool or Tensor is one when it begins."""
+    signature, name = inspect.signature(function), function.__qualname__
+    checks: dict[str, Callable[[str, str, Any], Any]]
+    checks = {"int": index, "bool": flag, "Tensor": _tensor}
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = signature.bind(*args, **kwargs)
+        for argument, value in bound.arguments.items():
+            kind, _, optional = str(signature.parameters[argument].annotation).partition(" | ")
+            if kind in checks and not (value is None and optional == "None"):
+                if optional not in ("", "None") and isinstance(value, Tensor):
+                    continue  # int | Tensor
+                bound.arguments[argument] = checks[kind](name, argument, value)
+        return function(*bound.args, **bound.kwargs)
+
+    return checked
+
+
+def _tensor(name: str, argument: str, value: Any) -> Any:
+    dense(name, **{argument: value})
+    return value
 
 
 def _text(value: Any) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from flashattn_lite import block_elements
+from flashattn_lite import _argument_types, block_elements
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.block_algebra import Parts
 from flashattn_lite.block_elements import BAND, BITMAP, FULL, Grid, Listed, Rules
@@ -19,17 +19,22 @@ def make_grid(
     seqlen_q: int, seqlen_k: int, block_size: BlockSize, batch: int = 1, heads: int = 1
 ) -> Grid:
     """The grid of a mask, or an error that says what is wrong with its sizes."""
-    block_q, block_k = (block_size, block_size) if isinstance(block_size, int) else block_size
+    sides = (block_size, block_size) if isinstance(block_size, int) else block_size
+    if not isinstance(sides, Sequence) or len(sides) != 2:
+        raise TypeError(
+            f"BlockMask: block_size is {block_size!r}; it must be an int or a pair (rows, keys)"
+        )
+    block_q, block_k = (_argument_types.index("BlockMask", "block_size", n) for n in sides)
     for side, size in (("rows", block_q), ("keys", block_k)):
         if size < 16 or size > 256 or size % 16:
             raise ArgumentError(
                 f"BlockMask: block_size is {size} {side}; it must be a multiple of 16 from 16 to "
                 "256"
             )
-    if seqlen_q < 0 or seqlen_k < 0:
-        raise ArgumentError(
-            f"BlockMask: seqlen_q and seqlen_k are {seqlen_q} and {seqlen_k}; they must be >= 0"
-        )
+    sizes = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "batch": batch, "heads": heads}
+    for name, size in sizes.items():
+        if size < 0:
+            raise ArgumentError(f"BlockMask: {name} is {size}; it must be >= 0")
     return Grid(batch, heads, seqlen_q, seqlen_k, block_q, block_k)
 
 

@@ -31,6 +31,11 @@ def _numbers(counts: Tensor | None, indices: Tensor | None, blocks_k: int) -> Te
 
 def from_flex(mask: FlexBlockMask) -> Parts:
     """Flex's mask as ours."""
+    if not hasattr(mask, "mask_mod"):
+        raise TypeError(
+            f"BlockMask.from_flex: mask is a {type(mask).__name__}; it must be a "
+            "torch.nn.attention.flex_attention.BlockMask"
+        )
     batch, heads, seqlen_q, seqlen_k = mask.shape
     block_q, block_k = mask.BLOCK_SIZE
     grid = block_build.make_grid(seqlen_q, seqlen_k, (block_q, block_k), batch, heads)

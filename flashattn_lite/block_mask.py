@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from flashattn_lite import block_algebra, block_build, block_elements, block_flex, block_render
+from flashattn_lite._argument_types import by_annotation
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.block_algebra import Parts
 from flashattn_lite.block_build import BlockSize, make_grid
@@ -56,6 +57,7 @@ class BlockMask:
     # ---- from what is at hand --------------------------------------------------------------------
 
     @classmethod
+    @by_annotation
     def from_dense(cls, mask: Tensor, *, block_size: BlockSize = 128) -> BlockMask:
         """A mask from a boolean one, as ``scaled_dot_product_attention`` takes it: True shows.
 
@@ -82,6 +84,7 @@ class BlockMask:
         return cls(*block_build.from_rows(grid, rows))
 
     @classmethod
+    @by_annotation
     def from_predicate(
         cls,
         predicate: Predicate,
@@ -121,6 +124,7 @@ class BlockMask:
         return cls(*block_build.from_rows(grid, rows))
 
     @classmethod
+    @by_annotation
     def from_blocks(
         cls, blocks: Tensor, seqlen_q: int, seqlen_k: int, *, block_size: BlockSize = 128
     ) -> BlockMask:
@@ -147,6 +151,7 @@ class BlockMask:
         return cls(grid, Listed(numbers, torch.zeros_like(numbers).int(), none.bitmaps), none)
 
     @classmethod
+    @by_annotation
     def from_scores(
         cls,
         scores: Tensor,
@@ -172,6 +177,11 @@ class BlockMask:
         ·█
         █·
         """
+        if not (2 <= scores.dim() <= 4 and scores.is_floating_point() and keep >= 0):
+            raise ArgumentError(
+                f"BlockMask.from_scores: keep is {keep} and scores {scores.dtype} of shape "
+                f"{tuple(scores.shape)}; they must be >= 0 and floating of 2 to 4 dimensions"
+            )
         scores = scores.detach().cpu()[(None,) * (4 - scores.dim())]
         grid = make_grid(seqlen_q, seqlen_k, block_size, scores.shape[0], scores.shape[1])
         if tuple(scores.shape[2:]) != (grid.blocks_q, grid.blocks_k):
@@ -275,6 +285,8 @@ class BlockMask:
     @staticmethod
     def _stacked(masks: Sequence[BlockMask], *, heads: bool) -> BlockMask:
         along = "heads" if heads else "batch"
+        if not isinstance(masks, Sequence) or not all(isinstance(m, BlockMask) for m in masks):
+            raise TypeError(f"BlockMask.stack_{along}: masks must be a sequence of BlockMask")
         if not masks:
             raise ArgumentError(f"BlockMask.stack_{along}: masks is empty; give at least one")
         for mask in masks:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flashattn_lite import _argument_types
+from flashattn_lite._argument_types import by_annotation
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.block_build import BlockSize, make_grid
 from flashattn_lite.block_mask import BlockMask
@@ -52,6 +54,7 @@ __all__ = [
 # ---- local ---------------------------------------------------------------------------------------
 
 
+@by_annotation
 def sliding_window(
     seqlen: int, window: int, *, is_causal: bool = True, block_size: BlockSize = 128
 ) -> BlockMask:
@@ -74,6 +77,7 @@ def sliding_window(
     return band(seqlen, seqlen, window - 1, right, block_size=block_size)
 
 
+@by_annotation
 def dilated_window(
     seqlen: int, window: int, dilation: int, *, block_size: BlockSize = 128
 ) -> BlockMask:
@@ -92,6 +96,7 @@ def dilated_window(
     return offsets(seqlen, distance % dilation == 0, block_size=block_size)
 
 
+@by_annotation
 def chunked(seqlen: int, chunk: int, *, block_size: BlockSize = 128) -> BlockMask:
     """The tokens of the row's own chunk, up to itself: attention that starts anew every ``chunk``.
 
@@ -105,6 +110,7 @@ def chunked(seqlen: int, chunk: int, *, block_size: BlockSize = 128) -> BlockMas
     return documents(torch.arange(seqlen) // chunk, block_size=block_size)
 
 
+@by_annotation
 def streaming(seqlen: int, sinks: int, window: int, *, block_size: BlockSize = 128) -> BlockMask:
     """The first ``sinks`` tokens and the ``window`` nearest: attention sinks.
 
@@ -113,11 +119,14 @@ def streaming(seqlen: int, sinks: int, window: int, *, block_size: BlockSize = 1
     >>> streaming(64, 2, 4, block_size=16).to_dense()[0, 0, 20].nonzero().flatten().tolist()
     [0, 1, 17, 18, 19, 20]
     """
+    if sinks < 0:
+        raise ArgumentError(f"streaming: sinks is {sinks}; it must be >= 0")
     first = key_columns(seqlen, torch.arange(seqlen) < sinks, block_size=block_size)
     seen = first & causal(seqlen, block_size=block_size)
     return seen | sliding_window(seqlen, window, block_size=block_size)
 
 
+@by_annotation
 def a_shape(seqlen: int, sinks: int, window: int, *, block_size: BlockSize = 128) -> BlockMask:
     """The first tokens and a window, in the large sizes of long-prompt prefill.
 
@@ -132,6 +141,7 @@ def a_shape(seqlen: int, sinks: int, window: int, *, block_size: BlockSize = 128
 # ---- global and local ----------------------------------------------------------------------------
 
 
+@by_annotation
 def longformer(
     seqlen: int,
     window: int,
@@ -154,7 +164,7 @@ def longformer(
     >>> longformer(64, 4, 2, block_size=16).to_dense()[0, 0, 20].sum().item()
     9
     """
-    if isinstance(global_tokens, int):
+    if not isinstance(global_tokens, Tensor):
         global_tokens = torch.arange(seqlen) < global_tokens
     seen = (
         sliding_window(seqlen, window, is_causal=False, block_size=block_size)
@@ -164,6 +174,7 @@ def longformer(
     return seen & causal(seqlen, block_size=block_size) if is_causal else seen
 
 
+@by_annotation
 def bigbird(
     seqlen: int,
     *,
@@ -190,6 +201,11 @@ def bigbird(
     >>> bigbird(1024, block_size=64)
     BlockMask(batch=1, heads=1, 1024 x 1024, blocks 64 x 64: 119 of 256 listed, 0 partial)
     """
+    if min(window_blocks, global_blocks, random_blocks) < 0:
+        raise ArgumentError(
+            f"bigbird: window_blocks, global_blocks and random_blocks are {window_blocks}, "
+            f"{global_blocks} and {random_blocks}; they must be >= 0"
+        )
     grid = make_grid(seqlen, seqlen, block_size)
     r = torch.arange(grid.blocks_q).unsqueeze(1) * grid.block_q // grid.block_k
     c = torch.arange(grid.blocks_k)
@@ -207,6 +223,7 @@ def bigbird(
 # ---- factorised ----------------------------------------------------------------------------------
 
 
+@by_annotation
 def strided(
     seqlen: int, stride: int, *, by_block: bool = False, block_size: BlockSize = 128
 ) -> BlockMask:
@@ -241,6 +258,7 @@ def strided(
     return mask & causal(seqlen, block_size=block_size)
 
 
+@by_annotation
 def fixed(seqlen: int, stride: int, summary: int, *, block_size: BlockSize = 128) -> BlockMask:
     """The row's own span of ``stride`` tokens, and the last ``summary`` tokens of earlier spans.
 
@@ -259,6 +277,7 @@ def fixed(seqlen: int, stride: int, summary: int, *, block_size: BlockSize = 128
     return (own | last) & causal(seqlen, block_size=block_size)
 
 
+@by_annotation
 def butterfly(
     seqlen: int, *, global_blocks: int = 0, is_causal: bool = False, block_size: BlockSize = 128
 ) -> BlockMask:
@@ -290,6 +309,7 @@ def butterfly(
 # ---- prompts and trees ---------------------------------------------------------------------------
 
 
+@by_annotation
 def prefix_lm(seqlen: int, prefix: int, *, block_size: BlockSize = 128) -> BlockMask:
     """Causal, but the first ``prefix`` tokens are seen by every row.
 
@@ -302,6 +322,7 @@ def prefix_lm(seqlen: int, prefix: int, *, block_size: BlockSize = 128) -> Block
     return seen | causal(seqlen, block_size=block_size)
 
 
+@by_annotation
 def vertical_slash(
     seqlen: int, verticals: Tensor, slashes: Tensor, *, block_size: BlockSize = 128
 ) -> BlockMask:
@@ -333,6 +354,7 @@ def vertical_slash(
     return (vertical & causal(seqlen, block_size=block_size)) | slash
 
 
+@by_annotation
 def tree(parents: Sequence[int], context: int, *, block_size: BlockSize = (16, 128)) -> BlockMask:
     """Drafted tokens in a tree after a context: each sees the context, its ancestors and itself.
 
@@ -351,6 +373,9 @@ def tree(parents: Sequence[int], context: int, *, block_size: BlockSize = (16, 1
             [1, 0, 1, 0],
             [1, 0, 1, 1]], dtype=torch.int32)
     """
+    parents = [_argument_types.index("tree", f"parents[{i}]", p) for i, p in enumerate(parents)]
+    if context < 0:
+        raise ArgumentError(f"tree: context is {context}; it must be >= 0")
     n = len(parents)
     seen = torch.zeros((n, context + n), dtype=torch.bool)
     seen[:, :context] = True

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flashattn_lite import block_build
+from flashattn_lite._argument_types import by_annotation
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.block_build import BlockSize, make_grid
 from flashattn_lite.block_elements import DOCUMENTS, Rules
@@ -18,6 +19,7 @@ from flashattn_lite.block_mask import BlockMask
 __all__ = ["band", "causal", "documents", "full", "key_columns", "offsets", "query_rows"]
 
 
+@by_annotation
 def band(
     seqlen_q: int,
     seqlen_k: int,
@@ -44,6 +46,7 @@ def band(
     return BlockMask(*block_build.band(make_grid(seqlen_q, seqlen_k, block_size), *sides))
 
 
+@by_annotation
 def full(seqlen_q: int, seqlen_k: int | None = None, *, block_size: BlockSize = 128) -> BlockMask:
     """Every key; a start for ``&``.
 
@@ -54,6 +57,7 @@ def full(seqlen_q: int, seqlen_k: int | None = None, *, block_size: BlockSize = 
     return band(seqlen_q, seqlen_k, None, None, block_size=block_size)
 
 
+@by_annotation
 def causal(seqlen: int, *, block_size: BlockSize = 128) -> BlockMask:
     """Keys up to the row's own.
 
@@ -63,6 +67,7 @@ def causal(seqlen: int, *, block_size: BlockSize = 128) -> BlockMask:
     return band(seqlen, seqlen, None, 0, block_size=block_size)
 
 
+@by_annotation
 def key_columns(seqlen_q: int, visible: Tensor, *, block_size: BlockSize = 128) -> BlockMask:
     """Chosen keys, for every row.
 
@@ -74,6 +79,7 @@ def key_columns(seqlen_q: int, visible: Tensor, *, block_size: BlockSize = 128) 
     >>> key_columns(32, torch.arange(32) < 3, block_size=16).to_dense().sum().item()
     96
     """
+    _check_flags("key_columns", "visible", visible)
     grid = make_grid(seqlen_q, len(visible), block_size)
     padding = grid.blocks_k * grid.block_k - grid.seqlen_k
     shown = torch.nn.functional.pad(visible.cpu(), (0, padding))
@@ -90,6 +96,7 @@ def key_columns(seqlen_q: int, visible: Tensor, *, block_size: BlockSize = 128) 
     )
 
 
+@by_annotation
 def query_rows(seqlen_k: int, seeing: Tensor, *, block_size: BlockSize = 128) -> BlockMask:
     """Every key, for chosen rows.
 
@@ -101,6 +108,7 @@ def query_rows(seqlen_k: int, seeing: Tensor, *, block_size: BlockSize = 128) ->
     >>> query_rows(32, torch.arange(32) < 3, block_size=16).to_dense().sum().item()
     96
     """
+    _check_flags("query_rows", "seeing", seeing)
     grid = make_grid(len(seeing), seqlen_k, block_size)
     padding = grid.blocks_q * grid.block_q - grid.seqlen_q
     shown = torch.nn.functional.pad(seeing.cpu(), (0, padding)).reshape(-1, grid.block_q)
@@ -116,6 +124,7 @@ def query_rows(seqlen_k: int, seeing: Tensor, *, block_size: BlockSize = 128) ->
     )
 
 
+@by_annotation
 def offsets(seqlen: int, visible: Tensor, *, block_size: BlockSize = 128) -> BlockMask:
     """Keys at chosen distances before the row: row i sees key j iff ``visible[i - j]``, j <= i.
 
@@ -127,6 +136,7 @@ def offsets(seqlen: int, visible: Tensor, *, block_size: BlockSize = 128) -> Blo
     >>> offsets(64, torch.tensor([True, False, True]), block_size=16).to_dense().sum().item()
     126
     """
+    _check_flags("offsets", "visible", visible)
     grid = make_grid(seqlen, seqlen, block_size)
     bq, bk = grid.block_q, grid.block_k
     # Distances from -(bk + seqlen) on, so that every block's lookup lies inside.
@@ -150,6 +160,7 @@ def offsets(seqlen: int, visible: Tensor, *, block_size: BlockSize = 128) -> Blo
     )
 
 
+@by_annotation
 def documents(ids: Tensor, *, is_causal: bool = True, block_size: BlockSize = 128) -> BlockMask:
     """Tokens of several documents packed into one sequence see their own document.
 
@@ -163,6 +174,12 @@ def documents(ids: Tensor, *, is_causal: bool = True, block_size: BlockSize = 12
     >>> documents(torch.tensor([0] * 20 + [1] * 12), block_size=16).to_dense().sum().item()
     288
     """
+    if ids.dim() not in (1, 2) or ids.is_floating_point() or ids.is_complex():
+        dtype = str(ids.dtype).removeprefix("torch.")
+        raise ArgumentError(
+            f"documents: ids is {dtype} of shape {tuple(ids.shape)}; it must be int (seqlen) or "
+            "(batch, seqlen)"
+        )
     ids = ids.cpu().to(torch.int32)
     if ids.dim() == 2:
         return BlockMask.stack_batch(
@@ -188,3 +205,12 @@ def documents(ids: Tensor, *, is_causal: bool = True, block_size: BlockSize = 12
     rules = Rules.none(grid)._replace(documents=(ids.unsqueeze(0), ids.unsqueeze(0)))
     mask = BlockMask(*block_build.from_kinds(grid, kinds, flag=DOCUMENTS, rules=rules))
     return mask & causal(len(ids), block_size=block_size) if is_causal else mask
+
+
+def _check_flags(name: str, argument: str, t: Tensor) -> None:
+    if t.dtype != torch.bool or t.dim() != 1:
+        dtype = str(t.dtype).removeprefix("torch.")
+        raise ArgumentError(
+            f"{name}: {argument} is {dtype} of shape {tuple(t.shape)}; it must be bool of one "
+            "dimension"
+        )

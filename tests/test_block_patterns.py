@@ -2,7 +2,9 @@
 themselves; interchange; construction at full length."""
 
 import itertools
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -363,3 +365,40 @@ def test_a_long_mask_takes_memory_by_blocks() -> None:
         torch.arange(seqlen) - 4095
     ).clamp(0, 4).sum()
     assert round(mask.density() * seqlen**2) == int(expected) and visible[3] == 4100
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: patterns.sliding_window("64", 4), "sliding_window: seqlen is '64'; it must"),
+        (
+            lambda: patterns.sliding_window(64, 4.5),
+            "sliding_window: window is 4.5; it must be",
+        ),
+        (lambda: patterns.streaming(64, -1, 4), "streaming: sinks is -1; it must be >= 0"),
+        (
+            lambda: patterns.causal(64, block_size=None),
+            "block_size is None; it must be an int",
+        ),
+        (lambda: patterns.causal(64, block_size=(16, 17)), "block_size is 17 keys; it must"),
+        (
+            lambda: patterns.key_columns(64, torch.ones(64)),
+            "visible is float32 of shape (64,)",
+        ),
+        (lambda: patterns.documents([0, 1]), "documents: ids is [0, 1]; it must be a torch"),
+        (
+            lambda: patterns.documents(torch.zeros(4)),
+            "documents: ids is float32 of shape (4,",
+        ),
+        (lambda: patterns.tree([-1, 1.5], 3), "tree: parents[1] is 1.5; it must be an int"),
+        (lambda: patterns.tree([-1], -3), "tree: context is -3; it must be >= 0"),
+        (lambda: BlockMask.from_dense(None), "BlockMask.from_dense: mask is None; it must be a"),
+        (lambda: BlockMask.from_scores(torch.ones(2, 2), -1, 32, 32), "keep is -1 and scores"),
+        (lambda: BlockMask.from_predicate(max, 16, batch=-1), "BlockMask: batch is -1; it must be"),
+        (lambda: BlockMask.from_flex(3), "mask is a int; it must be a torch.nn.attention.flex"),
+        (lambda: BlockMask.stack_heads([1]), "masks must be a sequence of BlockMask"),
+    ],
+)
+def test_what_no_mask_can_be_made_of_is_named(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises((TypeError, ArgumentError), match=re.escape(message)):
+        call()
