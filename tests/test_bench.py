@@ -12,11 +12,12 @@ import torch
 
 from flashattn_lite import _ops
 from flashattn_lite.bench import compare, exactness, isa, memory, present, report, runner, tables
+from flashattn_lite.bench.aims import GROUPS
 from flashattn_lite.bench.cases import DTYPES, Case, visible_pairs
 from flashattn_lite.bench.contenders import COMPETITORS, Inputs, ours, sdpa
 from flashattn_lite.bench.progress import Progress
 from flashattn_lite.bench.results import Results, ResultsError, Row, groups_of
-from flashattn_lite.bench.suites import GROUPS, LENGTHS, SUITES, Plan, cases_of, ragged_lengths
+from flashattn_lite.bench.suites import LENGTHS, SUITES, Plan, cases_of, ragged_lengths
 from flashattn_lite.bench.timing import (
     Contender,
     CpuClock,

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flashattn_lite.bench.aims import GROUPS, Group
 from flashattn_lite.bench.cases import Case
-from flashattn_lite.bench.suites import GROUPS, Group
 from flashattn_lite.bench.timing import Ratio, Samples, geometric_mean
 
 FLASH1 = "flash1"  # our FlashAttention (1) engine among the samples, on CUDA
