@@ -82,6 +82,27 @@ def test_a_batch_of_fixed_size_gives_the_same_logits(tmp_path: Path) -> None:
         assert torch.equal(pools[0].k, pools[1].k) and torch.equal(pools[0].v, pools[1].v)
 
 
+def test_decode_tokens_attended_apart_give_the_same_logits(tmp_path: Path) -> None:
+    """What CUDA does in steps of single tokens and chunks; a chunk of one stays with the latter."""
+    save(tmp_path)
+    model = load_model(tmp_path)
+    pool = model.new_pool(PagePool, 32, 4)
+    pool.k.copy_(torch.randn(pool.k.shape, generator=torch.Generator().manual_seed(1)))
+    pool.v.copy_(torch.randn(pool.v.shape, generator=torch.Generator().manual_seed(2)))
+    chunks = []
+    for length, count in ((9, 1), (30, 1), (14, 6), (11, 1), (7, 7)):
+        request = Request("r", [length] * length, length, SamplingParams())
+        request.sequence = pool.create()
+        pool.extend([request.sequence], [length])
+        chunks.append(Chunk(request, length - count, count))
+    for some, parts in ((chunks, [2, 14]), (chunks[:2], [2]), (chunks[2:], [14])):
+        together, apart = (build_batch(some, pool, decodes_apart=on) for on in (False, True))
+        assert [part.tokens for part in apart.attend] == parts
+        assert [part.tokens for part in together.attend] == [sum(parts)]
+        expected = model.forward(together, pool)
+        torch.testing.assert_close(model.forward(apart, pool), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_cuda_graphs_need_cuda(tmp_path: Path) -> None:
     save(tmp_path)
     with pytest.raises(ValueError, match="cuda_graphs: the model is on cpu; it must be on CUDA"):

@@ -30,12 +30,12 @@ class FixedBatch:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.rows = rows
-        self.runs = Rows(zeros(rows + 1), 1, zeros(rows), zeros(rows, max_pages))
+        self.runs = Rows(rows, zeros(rows + 1), 1, zeros(rows), zeros(rows, max_pages))
         self.batch = Batch(
             zeros(rows, dtype=torch.int64),
             zeros(rows),
             self.runs,
-            self.runs,
+            (self.runs,),
             torch.arange(rows, device=device),
         )
 

@@ -30,12 +30,14 @@ class Rows:
     """Consecutive tokens of the batch, as attention sees them: one entry for each run.
 
     Args:
-        cu_seqlens: int32 (runs + 1), offsets of the runs in the batch.
+        tokens: of all runs.
+        cu_seqlens: int32 (runs + 1), offsets of the runs among them.
         max_seqlen: the longest run.
         seqused_k: int32 (runs), tokens in the cache up to and with the run's last.
         block_table: int32 (runs, max_pages).
     """
 
+    tokens: int
     cu_seqlens: Tensor
     max_seqlen: int
     seqused_k: Tensor
@@ -50,14 +52,15 @@ class Batch:
         token_ids: int64 (total).
         cached: int32 (requests), tokens of each that are in the cache already.
         rows: where each request's tokens are, for the cache.
-        attend: the same for attention; more runs than requests when some tokens go alone.
+        attend: the same for attention, in parts of the batch that are called one after another;
+            more runs than requests when some tokens go alone.
         sample: int64 (samples), rows of the batch whose logits are wanted.
     """
 
     token_ids: Tensor
     cached: Tensor
     rows: Rows
-    attend: Rows
+    attend: tuple[Rows, ...]
     sample: Tensor
 
     @property
@@ -168,7 +171,7 @@ class Model:
     def _attention(
         self, number: int, layer: Layer, h: Tensor, batch: Batch, pool: PagedKVCache
     ) -> Tensor:
-        c, rows, attend = self.config, batch.rows, batch.attend
+        c, rows = self.config, batch.rows
         heads = layer.qkv(h).view(-1, c.heads_q + 2 * c.heads_k, c.head_dim)
         qk, v = heads[:, : c.heads_q + c.heads_k], heads[:, c.heads_q + c.heads_k :]
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -192,15 +195,20 @@ class Model:
             name="serving",
         )
         window = c.windows[number]
-        out = attention(
-            *(qk[:, : c.heads_q], k_cache, v_cache),
-            causal=True,
-            window=(None if window is None else window - 1, 0),
-            cu_seqlens_q=attend.cu_seqlens,
-            max_seqlen_q=attend.max_seqlen,
-            seqused_k=attend.seqused_k,
-            block_table=attend.block_table,
-            name="serving",
-        )
+        queries = torch.split(qk[:, : c.heads_q], [part.tokens for part in batch.attend])
+        outs = [
+            attention(
+                *(q, k_cache, v_cache),
+                causal=True,
+                window=(None if window is None else window - 1, 0),
+                cu_seqlens_q=part.cu_seqlens,
+                max_seqlen_q=part.max_seqlen,
+                seqused_k=part.seqused_k,
+                block_table=part.block_table,
+                name="serving",
+            )
+            for q, part in zip(queries, batch.attend, strict=True)
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)  # type: ignore[arg-type]
         assert isinstance(out, Tensor)
         return layer.out(out.reshape(h.shape[0], c.heads_q * c.head_dim))

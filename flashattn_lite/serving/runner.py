@@ -17,7 +17,13 @@ from flashattn_lite.serving.scheduler import BLOCK, Chunk
 __all__ = ["Runner", "build_batch"]
 
 
-def build_batch(chunks: Sequence[Chunk], pool: PagePool, *, reproducible: bool = False) -> Batch:
+def build_batch(
+    chunks: Sequence[Chunk],
+    pool: PagePool,
+    *,
+    reproducible: bool = False,
+    decodes_apart: bool = False,
+) -> Batch:
     """The batch of a step: chunks end to end, in their order.
 
     Args:
@@ -25,6 +31,8 @@ def build_batch(chunks: Sequence[Chunk], pool: PagePool, *, reproducible: bool =
         pool: where their sequences are.
         reproducible: let attention see whole blocks of a prompt as one run, and every other token
             alone, however the step is composed: docs/serving.md.
+        decodes_apart: attend to the single tokens at the beginning in a call of their own, where
+            another kernel serves them better than the one for chunks.
     """
     device = pool.k.device
 
@@ -45,26 +53,39 @@ def build_batch(chunks: Sequence[Chunk], pool: PagePool, *, reproducible: bool =
     sequences = [c.request.sequence for c in chunks if c.request.sequence is not None]
     table = pool.block_table(sequences)
     rows = Rows(
+        len(tokens),
         int32(ends),
         max(c.count for c in chunks),
         int32([c.start + c.count for c in chunks]),
         table,
     )
-    attend = rows
+    attend = [rows]
+    alone = next((i for i, chunk in enumerate(chunks) if chunk.count > 1), 0)
     if reproducible and rows.max_seqlen > 1:
         runs = [run for entry, chunk in enumerate(chunks) for run in _runs(entry, chunk)]
         counts = [count for _, count, _ in runs]
-        attend = Rows(
-            int32([0, *accumulate(counts)]),
-            max(counts),
-            int32([end for _, _, end in runs]),
-            table[torch.tensor([entry for entry, _, _ in runs], device=device)],
-        )
+        attend = [
+            Rows(
+                len(tokens),
+                int32([0, *accumulate(counts)]),
+                max(counts),
+                int32([end for _, _, end in runs]),
+                table[torch.tensor([entry for entry, _, _ in runs], device=device)],
+            )
+        ]
+    elif decodes_apart and alone:
+        longest = rows.max_seqlen
+        offsets = int32([end - alone for end in ends[alone:]])
+        used, rest = rows.seqused_k, len(tokens) - alone
+        attend = [
+            Rows(alone, rows.cu_seqlens[: alone + 1], 1, used[:alone], table[:alone]),
+            Rows(rest, offsets, longest, used[alone:], table[alone:]),
+        ]
     return Batch(
         torch.tensor(tokens, device=device),
         int32([c.start for c in chunks]),
         rows,
-        attend,
+        tuple(attend),
         torch.tensor(sample, dtype=torch.int64, device=device),
     )
 
@@ -104,7 +125,12 @@ class Runner:
 
     def run(self, chunks: Sequence[Chunk]) -> Tensor:
         """Logits, float32 (samples, vocab_size), of the chunks that sample, in their order."""
-        batch = build_batch(chunks, self.pool, reproducible=self.reproducible)
+        batch = build_batch(
+            chunks,
+            self.pool,
+            reproducible=self.reproducible,
+            decodes_apart=self.pool.k.is_cuda,  # whose decode kernel splits the keys
+        )
         transfer, pool = self.transfer, self.pool
         if self.graphs is not None and transfer is None and batch.decodes:
             return self.graphs.forward(batch)
