@@ -4,7 +4,7 @@
 
 runs standard attention, FlashAttention and FlashAttention-2 forward over sequence length and tile
 size, and writes the tables of docs/io_complexity.md and docs/images/io_complexity.svg. The plot
-needs matplotlib. tests/test_io_complexity.py holds the counts to the predictions below.
+needs matplotlib. tests/test_io_complexity.py holds the counts to flashattn_lite.bench.io_model.
 """
 
 import functools
@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from native import emulated
 
+from flashattn_lite.bench import io_model
+from flashattn_lite.bench.io_model import Bytes
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "io_complexity.md"
 PLOT = ROOT / "docs" / "images" / "io_complexity.svg"
 BEGIN, END = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
 
-HEAD_DIM = 64
-ELEMENT, FLOAT = 2, 4  # bytes of bfloat16 and float32
-STANDARD_TILE = 128  # of rows and of keys, in standard attention's two products
-FLASH1_ROWS = 64  # query rows of FlashAttention's tiles
+HEAD_DIM, ELEMENT = 64, 2  # bfloat16
 TILES = (64, 128, 256)  # keys (FlashAttention) or query rows (FlashAttention-2)
 LIBRARY_TILE = 128  # what the library uses at head dim 64, of both
 SEQLENS = (256, 512, 1024, 2048)
@@ -39,18 +39,6 @@ class Run:
     seqlen: int
     causal: bool
     tile: int = LIBRARY_TILE
-
-
-@dataclass(frozen=True)
-class Count:
-    """Bytes of device memory, of one head."""
-
-    read: int
-    written: int
-
-    @property
-    def total(self) -> int:
-        return self.read + self.written
 
 
 @functools.cache
@@ -69,7 +57,7 @@ def inputs(seqlen: int) -> list[torch.Tensor]:
     return [torch.randn(shape, generator=generator).bfloat16() for _ in range(3)]
 
 
-def attention(run: Run, *, check: bool = False) -> tuple[torch.Tensor, torch.Tensor, Count]:
+def attention(run: Run, *, check: bool = False) -> tuple[torch.Tensor, torch.Tensor, Bytes]:
     """out, lse and what was counted. check: report races and the like, which takes longer."""
     module = kernels()
     module.reset()
@@ -88,50 +76,17 @@ def attention(run: Run, *, check: bool = False) -> tuple[torch.Tensor, torch.Ten
     reports, traffic = module.reports(), module.traffic()
     module.reset()
     assert error == 0 and not reports, reports
-    return out, lse, Count(*(sum(part) for part in zip(*traffic.values(), strict=True)))
+    return out, lse, Bytes(*(sum(part) for part in zip(*traffic.values(), strict=True)))
 
 
-# ---- what the papers' loops move ----------------------------------------------------------------
-
-
-def predict_standard(run: Run) -> Count:
-    """S written, read by the softmax, which writes P, read by P V: N^2 elements four times, masked
-    or not; and Q, K and V once per tile of the other side, as a matrix product in tiles reads."""
-    n, row = run.seqlen, HEAD_DIM * ELEMENT
-    tiles = n // STANDARD_TILE
-    return Count(
-        read=3 * tiles * n * row + 2 * n * n * ELEMENT,
-        written=2 * n * n * ELEMENT + n * row + n * FLOAT,
-    )
-
-
-def predict_flash1(run: Run) -> Count:
-    """K and V once. For every (tile of keys, tile of rows) that sees it: Q; and O, m and l, except
-    that the first visit reads none of them and the last writes `out` and LSE instead."""
-    n, row, state = run.seqlen, HEAD_DIM * ELEMENT, HEAD_DIM * FLOAT + 2 * FLOAT
-    read, written = 2 * n * row, 0
-    for begin in range(0, n, FLASH1_ROWS):
-        rows = min(FLASH1_ROWS, n - begin)
-        keys = min(n, begin + rows) if run.causal else n
-        visits = -(-keys // run.tile)
-        read += rows * (visits * row + (visits - 1) * state)
-        written += rows * ((visits - 1) * state + row + FLOAT)
-    return Count(read, written)
-
-
-def predict_flash2(run: Run) -> Count:
-    """Q once, O and LSE once; K and V as far as they are seen, for every tile of rows."""
-    n, row = run.seqlen, HEAD_DIM * ELEMENT
-    ends = (min(n, begin + run.tile) for begin in range(0, n, run.tile))
-    keys = sum(end if run.causal else n for end in ends)
-    return Count(read=n * row + 2 * keys * row, written=n * row + n * FLOAT)
-
-
-PREDICTIONS = {"standard": predict_standard, "flash1": predict_flash1, "flash2": predict_flash2}
-
-
-def predict(run: Run) -> Count:
-    return PREDICTIONS[run.which](run)
+def predict(run: Run) -> Bytes:
+    """What the papers' loops move."""
+    shape = (run.seqlen, HEAD_DIM, ELEMENT)
+    if run.which == "standard":
+        return io_model.standard(*shape)
+    if run.which == "flash1":
+        return io_model.flash1(*shape, causal=run.causal, rows=io_model.FLASH1_ROWS, keys=run.tile)
+    return io_model.flash2(*shape, causal=run.causal, rows=run.tile)
 
 
 # ---- tables and plot ----------------------------------------------------------------------------
@@ -160,7 +115,7 @@ def _table(title: list[str], rows: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def tables(counts: dict[Run, Count]) -> str:
+def tables(counts: dict[Run, Bytes]) -> str:
     """The measured part of the page, as Markdown."""
     text = "### Over the sequence length (tiles of 128)\n\n"
     rows = []
@@ -195,7 +150,7 @@ def tables(counts: dict[Run, Count]) -> str:
     return text + _table(title, rows)
 
 
-def plot(counts: dict[Run, Count], path: Path) -> None:
+def plot(counts: dict[Run, Bytes], path: Path) -> None:
     matplotlib: Any = importlib.import_module("matplotlib")
     matplotlib.use("svg")
     matplotlib.rcParams |= {"svg.hashsalt": "io_complexity", "font.size": 9}

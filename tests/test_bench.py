@@ -11,9 +11,20 @@ import pytest
 import torch
 
 from flashattn_lite import _ops
-from flashattn_lite.bench import compare, exactness, isa, memory, present, report, runner, tables
+from flashattn_lite.bench import (
+    compare,
+    exactness,
+    io_model,
+    isa,
+    memory,
+    present,
+    report,
+    runner,
+    tables,
+)
 from flashattn_lite.bench.aims import GROUPS
 from flashattn_lite.bench.cases import DTYPES, Case, visible_pairs
+from flashattn_lite.bench.ceilings import READ_BYTES
 from flashattn_lite.bench.contenders import COMPETITORS, Inputs, ours, sdpa
 from flashattn_lite.bench.progress import Progress
 from flashattn_lite.bench.results import Results, ResultsError, Row, groups_of
@@ -115,7 +126,7 @@ def test_suites_are_well_formed(size: str, device: str) -> None:
     assert len(cases) == len(set(cases))
     assert all(case.device == device for case in cases)
     assert {case.suite for case in cases} == set(SUITES) - (
-        {"scaling", "decode", "paged"} if device == "cuda" else set()
+        {"scaling"} if device == "cuda" else set()
     )
     assert cases == [Case.from_json(json.loads(json.dumps(c.as_json()))) for c in cases]
 
@@ -234,6 +245,25 @@ def test_absent_competitors_are_named_with_the_reason() -> None:
     assert runner.choose("cpu", ["sdpa_math"]) == (["sdpa_math"], {})
     with pytest.raises(ValueError, match="--competitors has torch"):
         runner.choose("cpu", ["torch"])
+
+
+def test_a_row_of_the_io_suite_has_bytes_and_a_rate() -> None:
+    case = replace(SMALL, suite="io", seqlen=400, causal=True)
+    settings = replace(ONE_ROUND, competitors=("standard", "sdpa"))
+    row = runner.measure(case, settings)
+    assert row.failure is None and row.baseline == "standard"
+    assert list(row.samples) == ["flashattn_lite", "standard", "sdpa", "fma", "read"]
+    assert set(row.moved) == {"flashattn_lite", "standard"}  # nobody knows what sdpa's loop moves
+    rows = io_model.flash2(400, 16, 4, causal=True, rows=144)  # 400 rows as three even tiles
+    assert row.moved["flashattn_lite"] == 4 * rows.total
+    assert row.moved["standard"] == 4 * io_model.standard(400, 16, 4).total
+    headers, body = present.suite_table("io", results_of(row, Row(case, failure="broken")))
+    cells = dict(zip(headers, body[0], strict=True))
+    assert cells["bytes: standard"] == tables.size(row.moved["standard"])
+    rate = row.moved["standard"] / row.samples["standard"].median()
+    share = rate / (READ_BYTES / row.samples["read"].median())
+    assert cells["of read rate: standard"] == f"{share:.0%}"
+    assert len(body[1]) == len(headers) and "!FAILED" in body[1]
 
 
 def test_memory_is_that_of_the_call_alone() -> None:
@@ -390,6 +420,24 @@ def test_report_draws_the_same_plots_again(tmp_path: Path) -> None:
         assert "(performance/a-forward.svg)" in (folder / "performance.md").read_text()
         plots.append((folder / "performance" / "a-forward.svg").read_bytes())
     assert plots[0] == plots[1]
+
+
+def test_report_draws_and_states_the_bytes(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    rows = []
+    for n in (128, 256):
+        row = row_of(replace(SMALL, suite="io", seqlen=n), 2.0)
+        row.ratios, row.baseline = {"standard": row.ratios["sdpa"]}, "standard"
+        row.samples |= {"standard": row.samples.pop("sdpa"), "read": Samples([0.01], [0.01])}
+        row.moved = {"flashattn_lite": n, "standard": n * n}
+        rows.append(row)
+    results_of(*rows).save(tmp_path / "a.json")
+    assert report.main([tmp_path / "a.json"], tmp_path) == 0
+    assert "(performance/a-io.svg)" in (tmp_path / "performance.md").read_text()
+    assert (
+        "| 256.0x fewer at length 256, by the loop that runs |"
+        in (tmp_path / "papers.md").read_text()
+    )
 
 
 def test_tables_align_and_strip_their_marks(monkeypatch: pytest.MonkeyPatch) -> None:

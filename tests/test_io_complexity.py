@@ -1,12 +1,15 @@
 """FlashAttention's IO complexity, reproduced: the bytes that kernels move through device memory, as
 the emulator counts them, are those that the papers' loops predict."""
 
+import re
+
 import io_complexity
 import pytest
 import torch
 from io_complexity import Run
 
 from flashattn_lite import reference, testing
+from flashattn_lite.bench import io_model
 
 RUNS = [
     Run(which, seqlen, causal, tile)
@@ -48,3 +51,17 @@ def test_growth() -> None:
     for which in ("flash1", "flash2"):
         assert total(which, 1024, 64) / total(which, 1024, 128) == pytest.approx(2, rel=0.2)
     assert total("standard", 1024) > 2 * total("flash1", 1024) > 4 * total("flash2", 1024)
+
+
+def test_the_model_has_the_kernels_tiles() -> None:
+    def constant(file: str, name: str) -> int:
+        text = (io_complexity.ROOT / "csrc" / file).read_text()
+        found = re.search(rf"constexpr int {name} =(?: kHeadDim <= 128 \?)? (\d+)", text)
+        assert found is not None, f"{file} has no {name}"
+        return int(found[1])
+
+    assert constant("cpu/tile_gemm.h", "kTileRows") == io_model.CPU_ROWS
+    assert constant("cpu/amx_forward.h", "kAmxMaxTileRows") == io_model.AMX_ROWS
+    assert constant("cuda/flash1_forward.cuh", "kTileM") == io_model.FLASH1_ROWS
+    assert constant("cuda/flash1_forward.cuh", "kTileN") == io_model.FLASH1_KEYS
+    assert constant("cuda/flash2_forward.cuh", "kTileM") == io_model.FLASH2_ROWS

@@ -7,6 +7,7 @@ PyTorch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,18 +20,27 @@ from flashattn_lite.bench.inputs import Entry, Inputs
 
 def ours(case: Case, inputs: Inputs) -> Entry:
     """flash_attn_with_kvcache over the case's own cache."""
-    return _entry(inputs, _cache(case, inputs))
+    from flashattn_lite import flash_attn_with_kvcache
+
+    return over_cache(inputs, arguments(case, inputs), flash_attn_with_kvcache)
+
+
+def over_cache(inputs: Inputs, cache: dict[str, Any], function: Callable[..., Any]) -> Entry:
+    """A function with the arguments of flash_attn_with_kvcache, over ``arguments`` of a cache."""
+    return Entry(lambda: (function(inputs.q, **cache),), "native")
 
 
 def contiguous(case: Case, inputs: Inputs) -> Entry:
     """The same without pages."""
-    return _entry(inputs, _cache(replace(case, page_size=0), inputs))
+    return ours(replace(case, page_size=0), inputs)
 
 
 def unquantised(case: Case, inputs: Inputs) -> Entry:
     """The numbers that were quantised, in the case's dtype."""
-    plain = replace(case, storage="")
-    return _entry(inputs, {"k_cache": inputs.k, "v_cache": inputs.v, **_used(plain)})
+    from flashattn_lite import flash_attn_with_kvcache
+
+    cache = {"k_cache": inputs.k, "v_cache": inputs.v, **_used(case)}
+    return over_cache(inputs, cache, flash_attn_with_kvcache)
 
 
 def one_by_one(case: Case, inputs: Inputs) -> Entry:
@@ -50,22 +60,11 @@ def one_by_one(case: Case, inputs: Inputs) -> Entry:
     return Entry(run, "native")
 
 
-def _entry(inputs: Inputs, cache: dict[str, Any]) -> Entry:
-    from flashattn_lite import flash_attn_with_kvcache
-
-    def run() -> tuple[Tensor, ...]:
-        out = flash_attn_with_kvcache(inputs.q, **cache)
-        assert isinstance(out, Tensor)
-        return (out,)
-
-    return Entry(run, "native")
-
-
 def _used(case: Case) -> dict[str, Tensor]:
     return {"cache_seqlens": torch.tensor(case.sequences(), dtype=torch.int32, device=case.device)}
 
 
-def _cache(case: Case, inputs: Inputs) -> dict[str, Any]:
+def arguments(case: Case, inputs: Inputs) -> dict[str, Any]:
     """Arguments of flash_attn_with_kvcache: the cache, its factors, lengths and block table."""
     names = {"k": "k_cache", "v": "v_cache"}
     stored = {names.get(name, name): t for name, t in inputs.stored.items()}

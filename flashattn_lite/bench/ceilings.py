@@ -18,6 +18,7 @@ from flashattn_lite.bench.cases import DTYPES
 from flashattn_lite.bench.timing import Clock, Contender, Rounds, interleave
 
 FMA_FLOPS = 200_000_000  # per thread and sample: some milliseconds
+READ_BYTES = 2**28  # 256 MiB: beyond most caches
 
 
 def fma_peak() -> tuple[Callable[[], object], float]:
@@ -48,7 +49,7 @@ def measure(device: str, threads: tuple[int, ...], clock: Clock) -> dict[str, fl
             a, b = torch.randn(n, n).to(dtype), torch.randn(n, n).to(dtype)
             seconds = _best(lambda a=a, b=b: torch.mm(a, b), clock, rounds)  # type: ignore[misc]
             found[f"matmul {name}, {on}"] = 2.0 * n**3 / seconds
-        run, size = read(2**28)  # 256 MiB: beyond most caches
+        run, size = read(READ_BYTES)
         found[f"read, {on}"] = size / _best(run, clock, rounds)
     return found
 

@@ -23,7 +23,8 @@ EPILOG = """\
 suites: forward, training (forward and backward), masks (window, ragged batches, bias, ALiBi,
 grouped heads), overhead (tiny calls), memory (peak, in child processes), scaling (one thread
 to several), decode (one query over a KV cache: plain, quantised, ragged), paged (over pages),
-papers (the FlashAttention papers' figures, against standard attention).
+papers (the FlashAttention papers' figures, against standard attention), io (bytes through memory
+by the papers' loops, and the rate at which they move), sparse (over the share of listed blocks).
 
 also:
   flashattn-lite bench report [FILE ...]   tables and plots from results

@@ -19,29 +19,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from flashattn_lite.bench import caches
+from flashattn_lite.bench import caches, packages
 from flashattn_lite.bench.cases import Case
-from flashattn_lite.bench.inputs import Entry, Inputs, Tensors
+from flashattn_lite.bench.inputs import Entry, Inputs, bind
 
 OURS = "flashattn_lite"
-Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def bind(case: Case, inputs: Inputs, forward: Forward, layout: str, same: bool = True) -> Entry:
-    """The forward function over the case's tensors, with its backward if the case has one."""
-    q, k, v, dout = inputs.leaves(layout)
-    if case.backward:
-
-        def both() -> Tensors:
-            out = forward(q, k, v)
-            return (out, *torch.autograd.grad(out, (q, k, v), dout))
-
-        return Entry(both, layout, same)
-
-    def only_forward() -> Tensors:
-        return (forward(q, k, v),)
-
-    return Entry(only_forward, layout, same)
 
 
 # ---- ours ---------------------------------------------------------------------------------------
@@ -215,35 +197,6 @@ def flex(case: Case, inputs: Inputs) -> Entry:
     return bind(case, inputs, run, "heads_first")
 
 
-# ---- other packages -----------------------------------------------------------------------------
-
-
-def flash_attn(case: Case, inputs: Inputs) -> Entry:
-    module = importlib.import_module("flash_attn")
-    window = (-1, -1) if case.window is None else (case.window, 0)
-    options: dict[str, Any] = {"causal": case.causal, "window_size": window}
-    if inputs.slopes is not None:
-        options["alibi_slopes"] = inputs.slopes
-    cu, n = inputs.cu_seqlens, case.seqlen
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if case.lengths:
-            return module.flash_attn_varlen_func(q, k, v, cu, cu, n, n, **options)  # type: ignore[no-any-return]
-        return module.flash_attn_func(q, k, v, **options)  # type: ignore[no-any-return]
-
-    return bind(case, inputs, run, "native")
-
-
-def xformers(case: Case, inputs: Inputs) -> Entry:
-    ops = importlib.import_module("xformers.ops")
-    bias = ops.LowerTriangularMask() if case.causal else None
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.memory_efficient_attention(q, k, v, attn_bias=bias)  # type: ignore[no-any-return]
-
-    return bind(case, inputs, run, "native")
-
-
 # ---- the registry -------------------------------------------------------------------------------
 
 
@@ -306,7 +259,9 @@ COMPETITORS: dict[str, Competitor] = {
     "standard": Competitor(  # the first that runs a case is its baseline: here the papers'
         standard,
         _here,
-        lambda c: None if c.suite == "papers" else "measured in the papers' suite only",
+        lambda c: (
+            None if c.suite in ("papers", "io") else "measured in the suites papers and io only"
+        ),
     ),
     "one_by_one": Competitor(  # and of a batch of caches, of a quantised and of a paged one
         caches.one_by_one,
@@ -347,17 +302,10 @@ COMPETITORS: dict[str, Competitor] = {
     "sdpa_efficient": _forced(SDPBackend.EFFICIENT_ATTENTION),
     "flex": Competitor(flex, _here, _flex_refuses, lambda device: device == "cpu"),
     "flash_attn": Competitor(
-        flash_attn,
-        _package("flash_attn"),
-        lambda c: (
-            "it has no bias"
-            if c.score == "bias"
-            else "it has no block mask"
-            if c.block_density is not None
-            else "measured with prompts only"
-            if c.tokens
-            else None
-        ),
+        packages.flash_attn, _package("flash_attn"), packages.flash_attn_refuses
     ),
-    "xformers": Competitor(xformers, _package("xformers"), _only_dense),
+    "xformers": Competitor(packages.xformers, _package("xformers"), packages.xformers_refuses),
+    "flashinfer": Competitor(
+        packages.flashinfer, _package("flashinfer"), packages.flashinfer_refuses
+    ),
 }

@@ -13,6 +13,7 @@ from flashattn_lite.bench.cases import BLOCK, Case
 from flashattn_lite.block_mask import BlockMask
 
 Tensors = tuple[Tensor, ...]
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Inputs:
@@ -119,3 +120,20 @@ class Entry:
     run: Callable[[], Tensors]
     layout: str  # native, heads_first, padded_first
     same_result: bool = True  # False: shown for comparison only, it computes something else
+
+
+def bind(case: Case, inputs: Inputs, forward: Forward, layout: str, same: bool = True) -> Entry:
+    """The forward function over the case's tensors, with its backward if the case has one."""
+    q, k, v, dout = inputs.leaves(layout)
+    if case.backward:
+
+        def both() -> Tensors:
+            out = forward(q, k, v)
+            return (out, *torch.autograd.grad(out, (q, k, v), dout))
+
+        return Entry(both, layout, same)
+
+    def only_forward() -> Tensors:
+        return (forward(q, k, v),)
+
+    return Entry(only_forward, layout, same)

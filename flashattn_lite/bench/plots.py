@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashattn_lite.bench.cases import DTYPES
+from flashattn_lite.bench.present import memory_rate
 from flashattn_lite.bench.results import Results, Row
 from flashattn_lite.bench.timing import geometric_mean
 
@@ -37,6 +38,9 @@ def draw(results: Results, folder: Path, stem: str) -> list[str]:
         if len({row.case.seqlen for row in some}) > 1:
             name = f"{stem}-papers-{'causal' if causal else 'dense'}.svg"
             drawn.append((name, _times(pyplot, some)))
+    rows = [r for r in results.rows if r.case.suite == "io" and r.moved]
+    if len({row.case.seqlen for row in rows}) > 1:
+        drawn.append((f"{stem}-io.svg", _io(pyplot, rows, results.ceilings)))
     if drawn:
         folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn:
@@ -93,6 +97,38 @@ def _times(pyplot: Any, rows: list[Row]) -> Any:
     axes.set_xticks(sorted({row.case.seqlen for row in rows}))
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.legend(fontsize="small")
+    return figure
+
+
+def _io(pyplot: Any, rows: list[Row], ceilings: dict[str, float]) -> Any:
+    """Bytes over the length, and how much of the memory's rate they take; one dtype, dense."""
+    case = rows[0].case
+    some = [r for r in rows if (r.case.dtype, r.case.causal) == (case.dtype, case.causal)]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    title = f"Forward, {case.mask_name()}, head dim {case.head_dim}, {case.dtype}"
+    figure.suptitle(title)
+    for name in dict.fromkeys(name for row in some for name in row.moved):
+        known = [row for row in some if name in row.moved]
+        lengths = [row.case.seqlen for row in known]
+        heads = [row.case.batch * row.case.heads * 2**20 for row in known]
+        moved = [row.moved[name] for row in known]
+        left.plot(lengths, [m / h for m, h in zip(moved, heads, strict=True)], "o-", label=name)
+        rates = [memory_rate(row, ceilings) or 0.0 for row in known]
+        times = [row.samples[name].median() for row in known]
+        shares = [m / t / r for m, t, r in zip(moved, times, rates, strict=True) if r]
+        right.plot(lengths[: len(shares)], shares, "o-", label=name)
+    left.set_ylabel("MiB through memory, per head")
+    right.set_ylabel("of the memory's rate")
+    left.set_yscale("log", base=2)
+    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.set_xlabel("sequence length")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({row.case.seqlen for row in some}))
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    left.yaxis.set_major_formatter("{x:g}")
     return figure
 
 

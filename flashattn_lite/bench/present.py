@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from flashattn_lite.bench import isa, machine, tables
-from flashattn_lite.bench.ceilings import units
+from flashattn_lite.bench.ceilings import READ_BYTES, units
 from flashattn_lite.bench.results import FLASH1, Results, Row, groups_of
 from flashattn_lite.bench.timing import geometric_mean
 
@@ -22,6 +22,7 @@ TITLES = {
     "decode": "Decoding: one query a sequence over its KV cache",
     "paged": "Decoding over pages, against the same cache without",
     "papers": "The papers' figures: forward and backward against standard attention",
+    "io": "Bytes through memory, by the papers' loops (docs/io_complexity.md), beside time",
 }
 SHAPE = "batch x heads x length x head dim"
 FLASH1_AIM = 1.7
@@ -65,6 +66,8 @@ def suite_table(suite: str, results: Results) -> Table:
         return _memory_table(rows)
     if suite == "scaling":
         return _scaling_table(rows)
+    if suite == "io":
+        return _io_table(rows, results.ceilings)
     return _speed_table(rows, results.ceilings)
 
 
@@ -135,6 +138,40 @@ def _scaling_table(rows: Sequence[Row]) -> Table:
         cells += [mark(mine.median, 1.85), f"{mine.q1:.2f}-{mine.q3:.2f}"]
         body.append([*cells, f"{theirs.median:.2f}" if theirs else ""])
     return headers, body
+
+
+def _io_table(rows: Sequence[Row], ceilings: dict[str, float]) -> Table:
+    """Times and bytes of those whose loop is known, and how near their bytes a second come to what
+    the memory gives."""
+    names = list(dict.fromkeys(name for row in rows for name in row.moved))
+    others = [name for name in names if all(name != row.ours for row in rows)]
+    headers = [SHAPE, "dtype"]
+    for kind in ("time", "bytes"):
+        headers += [f"{kind}: {name}" for name in names] + [f"{name} / ours" for name in others]
+    headers += [f"of read rate: {name}" for name in names]
+    body = []
+    for row in rows:
+        cells = [row.case.short(), row.case.dtype]
+        if row.failure is not None:
+            body.append([*cells, "!FAILED", *[""] * (len(headers) - 3)])
+            continue
+        rate = memory_rate(row, ceilings)
+        times = {name: row.samples[name].median() for name in row.moved}
+        shares = {n: row.moved[n] / t / rate for n, t in times.items()} if rate else {}
+        shrunk = {n: moved / row.moved[row.ours] for n, moved in row.moved.items()}
+        cells += [tables.seconds(times[n]) if n in times else "" for n in names]
+        cells += [mark(row.ratios[n].median) if n in row.ratios else "" for n in others]
+        cells += [tables.size(row.moved[n]) if n in times else "" for n in names]
+        cells += [f"{shrunk[n]:.1f}" if n in times else "" for n in others]
+        cells += [f"{shares[n]:.0%}" if n in shares else "" for n in names]
+        body.append(cells)
+    return headers, body
+
+
+def memory_rate(row: Row, ceilings: dict[str, float]) -> float | None:
+    """Bytes a second that memory gives: the read of the same rounds, or CUDA's copy."""
+    read = row.samples.get("read")
+    return ceilings.get("copy") if read is None else READ_BYTES / read.median()
 
 
 def group_table(rows: Sequence[Row], clock: str) -> Table:

@@ -30,6 +30,7 @@ class Row:
     error: float | None = None  # of the output against float64, largest element
     baseline_error: float | None = None
     budget_used: float | None = None  # the worst error as a share of what is allowed
+    moved: dict[str, int] = field(default_factory=dict)  # bytes, by io_model.py; suite io
     notes: list[str] = field(default_factory=list)
     failure: str | None = None
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from flashattn_lite.bench import ceilings, exactness, machine, memory
+from flashattn_lite import _ops
+from flashattn_lite.bench import ceilings, exactness, io_model, machine, memory
 from flashattn_lite.bench.cases import Case
 from flashattn_lite.bench.contenders import COMPETITORS, OURS, ours
 from flashattn_lite.bench.inputs import Entry, Inputs
@@ -117,11 +118,15 @@ def _measure_time(case: Case, settings: Settings) -> Row:
             work = case.cache_bytes()
         peak, most = ceilings.read(work) if case.tokens else ceilings.fma_peak()
         contenders[ceiling] = Contender(peak)
+    if case.suite == "io":
+        row.moved = _moved(case, entries)
+        if case.device == "cpu":
+            contenders[READ] = Contender(ceilings.read(ceilings.READ_BYTES)[0])
     rounds = OVERHEAD if case.suite == "overhead" else settings.rounds
     row.samples = interleave(contenders, clock_for(case, settings), rounds)
     mine = row.samples[OURS]
     for name, theirs in row.samples.items():
-        if name not in (OURS, ceiling):
+        if name in entries and name != OURS:
             row.ratios[name] = ratio(theirs.wall, mine.wall)
     if case.device == "cpu" and case.threads == 1 and row.baseline:
         row.cpu_ratio = ratio(row.samples[row.baseline].cpu, mine.cpu)
@@ -130,6 +135,13 @@ def _measure_time(case: Case, settings: Settings) -> Row:
         pairs = zip(row.samples[ceiling].of(clock), mine.of(clock), strict=True)
         row.peak = statistics.median(work / t / (most / p) for p, t in pairs)
     return row
+
+
+def _moved(case: Case, names: Iterable[str]) -> dict[str, int]:
+    """Bytes by the papers' loops, of those whose loop is known."""
+    isa = _ops.cpu_isa() if case.device == "cpu" else ""
+    found = {name: io_model.bytes_of(case, name, isa) for name in names}
+    return {name: count for name, count in found.items() if count is not None}
 
 
 def _entries(case: Case, inputs: Inputs, settings: Settings, row: Row) -> dict[str, Entry]:
@@ -142,7 +154,7 @@ def _entries(case: Case, inputs: Inputs, settings: Settings, row: Row) -> dict[s
         for name in settings.competitors
         if COMPETITORS[name].refuses(case) is None
     }
-    if case.device == "cuda" and case.suite in ("forward", "training", "papers"):
+    if case.device == "cuda" and case.suite in ("forward", "training", "papers", "io"):
         builds[FLASH1] = lambda c, i: ours(c, i, FLASH1)
     for name, build in builds.items():
         try:
@@ -153,8 +165,6 @@ def _entries(case: Case, inputs: Inputs, settings: Settings, row: Row) -> dict[s
             row.notes.append(f"{name}: {type(error).__name__}: {text[0]}")
             continue
         entries[name] = entry
-        if entry.same_result and name != FLASH1:
-            row.baseline = row.baseline or name
     return entries
 
 
@@ -165,21 +175,28 @@ def _inexact(
     known: list[exactness.Truth],
     row: Row,
 ) -> bool:
-    """Checks ours, which must be exact, and the baseline, whose error is shown beside it."""
-    for name, entry in entries.items():
-        if name not in (OURS, FLASH1, row.baseline):
+    """Checks ours, which must be exact, and the others, which must compute the same: the error of
+    the baseline is shown beside ours, and who computes something else takes no further part."""
+    for name, entry in list(entries.items()):
+        if not entry.same_result:
             continue
         found = exactness.check(case, inputs, known, entry.run(), entry.layout)
-        if name == row.baseline:
-            row.baseline_error = found.error
-            continue
-        if name == OURS:
-            row.error, row.budget_used = found.error, found.used
-        if not found.exact:
-            row.failure = (
-                f"{name} is inexact: {found.worst} uses {found.used:.3g} times its error budget"
+        if name in (OURS, FLASH1):
+            if name == OURS:
+                row.error, row.budget_used = found.error, found.used
+            if not found.exact:
+                row.failure = (
+                    f"{name} is inexact: {found.worst} uses {found.used:.3g} times its error budget"
+                )
+                return True
+        elif found.used > exactness.SOMETHING_ELSE:
+            row.notes.append(
+                f"{name}: its {found.worst} is {found.used:.3g} error budgets off: not the same "
+                "computation"
             )
-            return True
+            del entries[name]
+        elif not row.baseline:
+            row.baseline, row.baseline_error = name, found.error
     return False
 
 

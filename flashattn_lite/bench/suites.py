@@ -11,7 +11,7 @@ from flashattn_lite.bench.cases import DTYPES, Case
 
 SUITES = (
     *("forward", "training", "masks", "overhead", "memory", "scaling", "decode", "paged", "papers"),
-    "sparse",
+    *("io", "sparse"),
 )
 SIZES = ("quick", "default", "full")
 
@@ -272,6 +272,22 @@ def _papers(plan: Plan) -> list[Case]:
     ]
 
 
+def _io(plan: Plan) -> list[Case]:
+    """Bytes through memory, by the papers' loops, beside the time that attention takes."""
+    lengths = {"quick": (512, 2048), "default": (256, 512, 1024, 2048, 4096)}
+    dtypes = plan.dtypes if plan.size == "full" else plan.dtypes[:1]
+    return [
+        plan.case(
+            "io",
+            **{"dtype": dtype, "causal": causal, "head_dim": 64},
+            **{**_large(n), "threads": plan.threads[0]},
+        )
+        for dtype in dtypes
+        for causal in ((False,) if plan.size == "quick" else (False, True))
+        for n in lengths.get(plan.size, LENGTHS)
+    ]
+
+
 def _sparse(plan: Plan) -> list[Case]:
     """Block masks: time over the share of blocks that are listed."""
     densities = (0.125, 0.25, 1.0) if plan.size == "quick" else (0.0625, 0.125, 0.25, 0.5, 1.0)
@@ -359,6 +375,52 @@ def _cuda_memory(plan: Plan) -> list[Case]:
     ]
 
 
+CUDA_CACHES = {"quick": (8192,), "default": (2048, 8192, 32768)}
+
+
+def _cuda_decode(plan: Plan) -> list[Case]:
+    """One query a sequence: of one, of a batch, of a ragged one, and over quantised caches."""
+    ragged = ragged_lengths(32, 8192)
+    cases = []
+    for d in plan.dtypes:
+        if d == "fp32":
+            continue
+        for n in CUDA_CACHES.get(plan.size, CUDA_CACHES["default"]):
+            cases += [plan.case("decode", dtype=d, seqlen=n, **s) for s in (GROUPED, PLAIN)]
+            cases.append(plan.case("decode", dtype=d, seqlen=n, batch=32, **GROUPED))
+        shape = {"lengths": ragged, "batch": len(ragged), "seqlen": max(ragged), **GROUPED}
+        cases.append(plan.case("decode", dtype=d, **shape))
+    cases += [
+        plan.case("decode", dtype="bf16", storage=storage, seqlen=8192, batch=8, **GROUPED)
+        for storage in ("int8", "fp8")
+        if "bf16" in plan.dtypes
+    ]
+    return cases
+
+
+def _cuda_paged(plan: Plan) -> list[Case]:
+    """Pages of 16 tokens, and of 256, the least that flash_attn takes."""
+    return [
+        plan.case("paged", dtype=d, seqlen=n, page_size=size, batch=8, **GROUPED)
+        for d in plan.dtypes
+        if d != "fp32"
+        for n in CUDA_CACHES.get(plan.size, CUDA_CACHES["default"])
+        for size in (16, 256)
+    ]
+
+
+def _cuda_io(plan: Plan) -> list[Case]:
+    """The papers' setting, of one head dim."""
+    shape = {"heads": 16, "head_dim": 64}
+    return [
+        plan.case("io", dtype=d, causal=causal, batch=CUDA_TOKENS // n, seqlen=n, **shape)
+        for d in plan.dtypes
+        if d != "fp32"
+        for causal in (False, True)
+        for n in ((1024, 4096) if plan.size == "quick" else (512, 1024, 2048, 4096, 8192))
+    ]
+
+
 def _cuda_sparse(plan: Plan) -> list[Case]:
     return [
         plan.case(
@@ -383,6 +445,7 @@ _CPU: dict[str, Callable[[Plan], list[Case]]] = {
     "decode": _decode,
     "paged": _paged,
     "papers": _papers,
+    "io": _io,
     "sparse": _sparse,
 }
 _CUDA: dict[str, Callable[[Plan], list[Case]]] = {
@@ -392,8 +455,9 @@ _CUDA: dict[str, Callable[[Plan], list[Case]]] = {
     "overhead": _cuda_overhead,
     "memory": _cuda_memory,
     "scaling": lambda plan: [],  # threads are the CPU's
-    "decode": lambda plan: [],
-    "paged": lambda plan: [],
+    "decode": _cuda_decode,
+    "paged": _cuda_paged,
     "papers": lambda plan: _cuda_dense("papers", plan, backward=True),
+    "io": _cuda_io,
     "sparse": _cuda_sparse,
 }
