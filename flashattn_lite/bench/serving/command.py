@@ -22,6 +22,7 @@ from flashattn_lite.bench.serving import (
     contenders,
     drive,
     drive_http,
+    llama_cpp,
     measures,
     plots,
     workload,
@@ -32,7 +33,8 @@ KIND = "flashattn_lite-bench-serving"
 EPILOG = """\
 load      (the default) requests arrive as they do in a trace (--trace) or at random (--rate),
           answered or not the ones before; latencies, throughput, goodput
-compare   the same prompts through transformers: generate, in batches of 8, and generate_batch
+compare   the same prompts through transformers: generate, in batches of 8, and generate_batch;
+          and through llama.cpp where xllamacpp and gguf are installed
 prefix    prompts that begin alike, with the prefix cache and without
 
 A trace is a CSV with the columns TIMESTAMP, ContextTokens, GeneratedTokens. To replay an hour on a
@@ -289,8 +291,12 @@ def _compare(known: argparse.Namespace, folder: Path) -> dict[str, Any]:
         ),
         **contenders.contenders(folder, dtype, prompts, tokens),
     }
-    with Progress((known.rounds + 1) * len(runs), "compare") as progress:
-        found = contenders.compare(runs, count * tokens, known.rounds, progress)
+    with tempfile.TemporaryDirectory() as scratch:
+        absent = llama_cpp.missing()
+        if absent is None:
+            runs[llama_cpp.NAME] = llama_cpp.runs(folder, dtype, prompts, tokens, Path(scratch))
+        with Progress((known.rounds + 1) * len(runs), "compare") as progress:
+            found = contenders.compare(runs, count * tokens, known.rounds, progress)
     print(f"\n{count} requests, {known.prompt} tokens in and {tokens} out, {known.dtype}, greedy\n")
     body = [
         [
@@ -304,8 +310,11 @@ def _compare(known: argparse.Namespace, folder: Path) -> dict[str, Any]:
     print(tables.terminal(["", "tokens/s", "ours is faster", "tokens as ours"], body))
     for name, failure in found.failures.items():
         print(f"  {name} did not run: {failure}")
+    if absent is not None:
+        print(f"  absent: {llama_cpp.NAME}: {absent}")
     return {
         **{"seconds": found.seconds, "agree": found.agree, "failures": found.failures},
+        "absent": {} if absent is None else {llama_cpp.NAME: absent},
         "ratios": {n: found.ratio(n) for n in found.seconds if n != contenders.OURS},
         "settings": {"requests": count, "prompt": known.prompt, "output": tokens,
                      "dtype": known.dtype},
