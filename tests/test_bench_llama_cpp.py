@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,8 +16,6 @@ from torch import Tensor
 
 from flashattn_lite.bench.serving import llama_cpp
 from tests.serving_models import save
-
-gguf = pytest.importorskip("gguf")
 
 
 @pytest.fixture

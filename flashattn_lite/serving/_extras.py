@@ -6,8 +6,12 @@ import importlib
 from typing import Any
 
 
-def require(module: str) -> Any:
+def require(module: str, *, extra: str = "serve") -> Any:
     """The module, or one sentence that says how to install it.
+
+    Args:
+        module: its name.
+        extra: of this package, that brings it.
 
     >>> require("json").dumps([1])
     '[1]'
@@ -22,5 +26,5 @@ def require(module: str) -> Any:
         if error.name is not None and error.name.partition(".")[0] != package:
             raise
         raise ImportError(
-            f"serving needs {package}; pip install 'flashattn-lite[serve]'", name=package
+            f"serving needs {package}; pip install 'flashattn-lite[{extra}]'", name=package
         ) from None

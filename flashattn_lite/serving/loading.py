@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from flashattn_lite.serving._extras import require
+from flashattn_lite.serving.int8_linear import Int8Linear
 from flashattn_lite.serving.linear import Linear
 from flashattn_lite.serving.model import Layer, Model
 from flashattn_lite.serving.model_config import ModelConfig
@@ -22,8 +23,14 @@ __all__ = ["load_model"]
 class _Weights:
     """Tensors by name out of the mapped files; knows which of them nobody asked for."""
 
-    def __init__(self, files: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-        self._files, self._dtype, self._device = files, dtype, device
+    def __init__(
+        self,
+        files: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        product: Callable[..., Linear],
+    ) -> None:
+        self._files, self._dtype, self._device, self.product = files, dtype, device, product
         self._unused = set(files)
 
     def has(self, name: str) -> bool:
@@ -46,7 +53,7 @@ class _Weights:
             self.get(f"{name}.weight", n, columns) for name, n in zip(names, rows, strict=True)
         ]
         biases = [self.get(f"{name}.bias", n) for name, n in zip(names, rows, strict=True) if bias]
-        return Linear(
+        return self.product(
             weights[0] if len(weights) == 1 else torch.cat(weights),
             torch.cat(biases) if biases else None,
         )
@@ -84,6 +91,7 @@ def load_model(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    quantize: Literal["int8"] | None = None,
 ) -> Model:
     """The model of a Hugging Face folder, of the Llama, Mistral, Qwen2 or Qwen3 family.
 
@@ -93,20 +101,40 @@ def load_model(
         folder: holds config.json and model.safetensors (or its shards and their index).
         dtype: of weights and cache, float32, bfloat16 or float16; default: config.json's.
         device: "cpu" or a CUDA device.
+        quantize: "int8" keeps the weights of all matrix products in int8, by torchao; for bfloat16
+            on the CPU. It is faster with one or two requests at a time, and slower with many.
 
     Returns: a model whose ``config`` holds vocab_size, max_context (tokens), eos_token_ids, dtype.
 
     Raises:
         FileNotFoundError: when a file is missing.
         ValueError: for a model that this decoder does not compute exactly; it says why.
+        ImportError: when ``quantize`` needs torchao and it is not installed.
     """
     folder = Path(folder)
     config = ModelConfig.load(folder)
+    dtype, device = dtype or config.dtype, torch.device(device)
+    product = _product(quantize, dtype, device)
     with _mapped(folder) as files:
-        weights = _Weights(files, dtype or config.dtype, torch.device(device))
+        weights = _Weights(files, dtype, device, product)
         model = _assemble(config, weights)
         weights.refuse_unused()
     return model
+
+
+def _product(
+    quantize: str | None, dtype: torch.dtype, device: torch.device
+) -> Callable[..., Linear]:
+    if quantize is None:
+        return Linear
+    if quantize != "int8":
+        raise ValueError(f"load_model: quantize is {quantize!r}; it must be 'int8' or None")
+    if dtype is not torch.bfloat16 or device.type != "cpu":
+        raise ValueError(
+            f"load_model: quantize is 'int8' with {dtype} on {device}; int8 weights are multiplied "
+            "in torch.bfloat16 on the CPU"
+        )
+    return Int8Linear
 
 
 def _assemble(c: ModelConfig, weights: _Weights) -> Model:
@@ -144,7 +172,7 @@ def _assemble(c: ModelConfig, weights: _Weights) -> Model:
     if c.tied:
         if weights.has("lm_head.weight"):  # some savers write it twice
             weights.get("lm_head.weight", c.vocab_size, hidden)
-        head = Linear(embedding)
+        head = weights.product(embedding)
     else:
         head = weights.linear(["lm_head"], [c.vocab_size], hidden, False)
     return Model(c, embedding, layers, norm, head)

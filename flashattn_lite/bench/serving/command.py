@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add("what", nargs="?", choices=("load", "compare", "prefix"), default="load")
     add("--model", metavar="DIR", help="a Hugging Face folder, or random-100m (default: embedded)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32")
+    add("--quantize", choices=("int8",), help="ours with int8 weights, all in bfloat16")
     add("--threads", type=_count, metavar="N", help="CPU threads (default: torch's)")
     add(
         "--requests", type=_count, metavar="N", help="default: 64, or all of the trace; compare: 16"
@@ -102,6 +103,8 @@ def main(arguments: Sequence[str]) -> int:
     if missing is not None:
         print(f"flashattn-lite bench serving: {missing}", file=sys.stderr)
         return 2
+    if known.quantize is not None:
+        known.dtype = "bf16"
     if known.threads is not None:
         torch.set_num_threads(known.threads)
     facts = machine.describe()
@@ -111,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
             found = {"load": _load, "compare": _compare, "prefix": _prefix}[known.what](
                 known, folder
             )
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"flashattn-lite bench serving: {error}", file=sys.stderr)
         return 2
     if known.json is not None:
@@ -172,7 +175,7 @@ def _load(known: argparse.Namespace, folder: Path) -> dict[str, Any]:
         return _load_server(known, folder)
     from flashattn_lite.serving import load_model
 
-    model = load_model(folder, dtype=_dtype(known))
+    model = load_model(folder, dtype=_dtype(known), quantize=known.quantize)
     asks, source = _workload(known, model.config.max_context)
     prompts = workload.token_ids(
         asks, model.config.vocab_size, shared=known.shared, seed=known.seed
@@ -282,7 +285,7 @@ def _compare(known: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     count, tokens = known.requests or 16, known.output
     dtype = _dtype(known)
-    model = load_model(folder, dtype=dtype)
+    model = load_model(folder, dtype=dtype, quantize=known.quantize)
     asks = [workload.Ask(0.0, known.prompt, tokens)] * count
     prompts = workload.token_ids(asks, model.config.vocab_size, shared=0.0, seed=known.seed)
     runs = {
@@ -326,7 +329,7 @@ def _prefix(known: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from flashattn_lite.serving import load_model
 
     count, tokens, shared = known.requests or 16, known.output, known.shared or 0.9
-    model = load_model(folder, dtype=_dtype(known))
+    model = load_model(folder, dtype=_dtype(known), quantize=known.quantize)
     asks = [workload.Ask(0.0, known.prompt, tokens)] * count
     prompts = [  # new ones each round: nothing is left of them in the cache
         workload.token_ids(asks, model.config.vocab_size, shared=shared, seed=known.seed + number)
