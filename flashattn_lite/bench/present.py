@@ -144,11 +144,13 @@ def _io_table(rows: Sequence[Row], ceilings: dict[str, float]) -> Table:
     """Times and bytes of those whose loop is known, and how near their bytes a second come to what
     the memory gives."""
     names = list(dict.fromkeys(name for row in rows for name in row.moved))
-    others = [name for name in names if all(name != row.ours for row in rows)]
+    shown = {row.ours: "ours" for row in rows}
+    others = [name for name in names if name not in shown]
     headers = [SHAPE, "dtype"]
     for kind in ("time", "bytes"):
-        headers += [f"{kind}: {name}" for name in names] + [f"{name} / ours" for name in others]
-    headers += [f"of read rate: {name}" for name in names]
+        headers += [f"{kind}: {shown.get(name, name)}" for name in names]
+        headers += [f"{kind}: {name} / ours" for name in others]
+    headers += [f"of read rate: {shown.get(name, name)}" for name in names]
     body = []
     for row in rows:
         cells = [row.case.short(), row.case.dtype]
