@@ -28,9 +28,10 @@ def test_no_worse_than_recorded(architecture: str) -> None:
 
 
 def test_no_spills_at_head_dims_64_and_128(architecture: str) -> None:
+    """Nor in decode at any."""
     kernels = ptxas.report(architecture)
-    checked = [name for name in kernels if re.search(r"(flash[12]|decode)\w*<(64|128),", name)]
-    assert len(checked) >= 24 + 8
+    checked = [name for name in kernels if re.search(r"flash[12]\w*<(64|128),|decode_", name)]
+    assert len(checked) >= 24 + 10
     for name in checked:
         assert kernels[name]["spill_stores"] == kernels[name]["spill_loads"] == 0, name
 

@@ -19,7 +19,8 @@
 
 namespace fal::cuda {
 
-// The loop over tiles of keys needs registers too: 128 keys fit beside plain scores only.
+// The loop over tiles of keys needs registers too: 128 keys fit beside plain scores only. Beside
+// head dim 256 plain scores have no kernel of their own, which spilled 8 bytes on sm_90a.
 template <class T, int kHeadDim, class ScoreMod>
 using Flash1BackwardConfig =
     Flash2BackwardConfig<T, kHeadDim, ScoreMod, kHeadDim <= 128 && !ScoreMod::kGeneral>;
@@ -61,7 +62,8 @@ template <class T>
 cudaError_t flash1_backward_of(const BackwardArgs& args, cudaStream_t stream) {
   const Shape& shape = args.problem.forward.shape;
   return launch_backward<64, 128, 256>(args, [&](auto dim, auto mod) {
-    using Config = Flash1BackwardConfig<T, dim.value, decltype(mod)>;
+    using ScoreMod = std::conditional_t<dim.value <= 128, decltype(mod), GeneralScoreMod>;
+    using Config = Flash1BackwardConfig<T, dim.value, ScoreMod>;
     return launch(flash1_backward_kernel<Config>, dim3(shape.heads_k, shape.batch),
                   Config::kThreads, sizeof(Flash2BackwardSmem<Config>), stream, args);
   });

@@ -15,6 +15,7 @@ import shutil
 import site
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -140,8 +141,11 @@ def sass(architecture: str) -> dict[str, str]:
 
 def main() -> None:
     for architecture in ARCHITECTURES:
-        table(architecture).write_text(json.dumps(report(architecture), indent=1) + "\n")
-        print(table(architecture))
+        kernels = report(architecture)
+        table(architecture).write_text(json.dumps(kernels, indent=1) + "\n")
+        families = Counter(name.partition("_kernel<")[0] for name in kernels)
+        counts = ", ".join(f"{count} {family}" for family, count in families.items())
+        print(f"{table(architecture)}: of each element type {counts}")
 
 
 if __name__ == "__main__":
