@@ -11,14 +11,17 @@ decode       bytes of K and V a second against the measured bandwidth (tests/gpu
 bench        against PyTorch's backends in the same process, exactness checked first
 
 It needs the built library, torch with CUDA, pytest and, for one part, compute-sanitizer; it
-installs nothing and asks the network for nothing. Each part has its own time limit and its own line
-in the summary; one that failed or could not run makes the exit status 1, a machine on which none
-can run makes it 2.
+installs nothing and asks the network for nothing. Each part is a process of its own with a time
+limit: what has run out of it is interrupted, so that it can write down what it has, and killed five
+seconds later. Each has its line in summary.md, and its log and JSON beside it; a part that failed
+or could not run makes the exit status 1, a machine on which none can run makes it 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -32,10 +35,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-# Seconds that each part may take.
-LIMITS = {"conformance": 60, "cases": 150, "sanitizer": 110, "decode": 40, "bench": 110}
-# The project's options name plugins that a machine for checking may lack.
-PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider"]
+# Seconds that each part may take, and to end in when they are over.
+LIMITS = {"conformance": 40, "cases": 120, "sanitizer": 100, "decode": 40, "bench": 140}
+GRACE = 5
+# The project's options name plugins that a machine for checking may lack. A name for each test:
+# what was interrupted says how far it came.
+PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "-p", "no:cacheprovider"]
+PYTEST += ["--tb=short", "--maxfail=50"]
+OURS = "flashattn_lite"  # among the benchmark's contenders
 TEST_FILE = "tests/test_gpu.py"
 SANITIZED = (
     "(test_case_table and (several_tiles-float16 or several_tiles-bfloat16 or "
@@ -45,8 +52,8 @@ SANITIZED = (
 
 
 def run(command: list[str], seconds: int, log: Path, **variables: str) -> tuple[int, str]:
-    """The command's exit status (124: out of time, and it is killed with all that it started) and
-    its last line; the log gets all of it."""
+    """The command's exit status (124: out of time; whatever it started is killed with it) and its
+    last line; the log gets all of it."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **variables}
     with log.open("w") as stream:
         process = subprocess.Popen(
@@ -60,54 +67,45 @@ def run(command: list[str], seconds: int, log: Path, **variables: str) -> tuple[
         try:
             status = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             status = 124
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return status, lines[-1] if lines else ""
 
 
 def conformance(out: Path) -> tuple[bool, str]:
-    """Compares words; writes those of the device to conformance.json."""
-    import torch
+    """Compares the words of the device, in conformance.json, with the emulator's."""
     from native import conformance as words
 
+    path = out / "conformance.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "native.conformance", "--device", str(path)]
+    both = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    log = out / "conformance.log"
+    status, last = run(command, LIMITS["conformance"], log, PYTHONPATH=both)
+    if status or not path.exists():
+        return False, f"{last} (exit {status})"
     expected = {section.name: section for section in words.read()}
-    major, minor = torch.cuda.get_device_capability()
-    actual = []
-    for sm90 in (False, True) if (major, minor) == (9, 0) else (False,):
-        actual += words.collect(device_sections(sm90), lambda _, flag=sm90: device_words(flag))
-    words.write(out / "conformance.json", actual)
+    actual = words.read(path)
     lines = [
         line
         for section in actual
         for line in words.differences(expected[section.name], section)[:5]
     ]
-    (out / "conformance.log").write_text("\n".join(lines) + "\n")
+    with log.open("a") as stream:
+        stream.writelines(f"{line}\n" for line in lines)
     if lines:
         return False, f"{len(lines)} differences from the emulator, the first: {lines[0]}"
-    return True, f"{len(actual)} sections agree with the emulator on sm_{major}{minor}"
-
-
-def device_sections(sm90: bool) -> str:
-    import torch
-
-    import flashattn_lite  # noqa: F401  it registers the operators
-
-    return str(torch.ops.flashattn_lite.ptx_conformance_sections(sm90))
-
-
-def device_words(sm90: bool) -> list[int]:
-    import torch
-
-    import flashattn_lite  # noqa: F401  it registers the operators
-
-    words = torch.ops.flashattn_lite.ptx_conformance(sm90)
-    return [int(word) & 0xFFFFFFFF for word in words.tolist()]
+    return True, f"{len(actual)} sections agree with the emulator"
 
 
 def cases(out: Path) -> tuple[bool, str]:
-    status, last = run([*PYTEST, "--tb=short", TEST_FILE], LIMITS["cases"], out / "cases.log")
+    status, last = run([*PYTEST, TEST_FILE], LIMITS["cases"], out / "cases.log")
     return status == 0, f"{last} (exit {status})"
 
 
@@ -141,17 +139,48 @@ def sanitizer(out: Path) -> tuple[bool, str]:
 
 def decode(out: Path) -> tuple[bool, str]:
     path = out / "decode.json"
+    path.unlink(missing_ok=True)
     command = [sys.executable, "tests/gpu_decode.py", "--json", str(path)]
     status, last = run(command, LIMITS["decode"], out / "decode.log")
     return status == 0 and path.exists(), f"{last} (exit {status}); rows in {path.name}"
 
 
 def bench(out: Path) -> tuple[bool, str]:
+    """In bfloat16; `python -m flashattn_lite bench --device cuda` has every suite and dtype."""
     path = out / "bench.json"
+    path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "flashattn_lite", "bench", "forward", "training"]
-    command += ["--device", "cuda", "--quick", "--json", str(path)]
+    command += ["--device", "cuda", "--quick", "--dtype", "bf16", "--json", str(path)]
     status, last = run(command, LIMITS["bench"], out / "bench.log")
-    return status == 0 and path.exists(), f"{last} (exit {status}); rows in {path.name}"
+    text = f"{last} (exit {status}); rows in {path.name}"
+    if path.exists():
+        text += "\n\n" + "\n".join(bench_table(path))
+    return status == 0 and path.exists(), text
+
+
+def bench_table(path: Path) -> list[str]:
+    """The run's figures in Markdown: our rate, and every contender's time over ours. Backward is
+    what a training step takes beyond the forward pass over the same shape."""
+    from flashattn_lite.bench.results import Results
+
+    rows = {row.case: row for row in Results.load(path).rows if row.failure is None}
+    lines = []  # (what, floating-point operations, seconds by contender)
+    for case, row in rows.items():
+        seconds = {name: samples.median() for name, samples in row.samples.items()}
+        lines.append((f"{case.suite} {case.short()}", case.flops(), seconds))
+        forward = rows.get(dataclasses.replace(case, suite="forward", backward=False))
+        if case.backward and forward is not None:
+            before = {name: samples.median() for name, samples in forward.samples.items()}
+            beyond = {name: t - before[name] for name, t in seconds.items() if name in before}
+            lines.append((f"backward {case.short()}", case.flops() - forward.case.flops(), beyond))
+    names = list(dict.fromkeys(n for *_, seconds in lines for n in seconds if n != OURS))
+    table = [f"| | TFLOP/s | {' | '.join(f'vs {name}' for name in names)} |"]
+    table.append("|---|" + "---:|" * (1 + len(names)))
+    for what, flops, seconds in lines:
+        ratios = (f"{seconds[n] / seconds[OURS]:.2f}" if n in seconds else "" for n in names)
+        rate = f"{flops / seconds[OURS] / 1e12:.0f}"
+        table.append(f"| {' | '.join([what, rate, *ratios])} |")
+    return table
 
 
 PARTS: dict[str, Callable[[Path], tuple[bool, str]]] = {
@@ -196,6 +225,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     import torch
 
+    # A shell that starts this in the background has interrupts ignored, which parts would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments.out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_properties(0)
     summary = [f"# gpu-check on {device.name}, torch {torch.__version__}", ""]

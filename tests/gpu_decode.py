@@ -103,14 +103,14 @@ def main() -> None:
     path = parser.parse_args().json
     source = torch.zeros(2**30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
+    device = torch.cuda.get_device_properties(0)
     rows = []
     for storage, page_size in ROWS:
         rows.append(row(storage, page_size, source, target))
         rates = ", ".join(f"{n} {r / 1e12:.2f}" for n, r in rows[-1]["bytes_per_s"].items())  # type: ignore[attr-defined]
         layout = f"pages of {page_size}" if page_size else "contiguous"
         print(f"{storage}, {layout}: TB/s: {rates}", flush=True)
-    device = torch.cuda.get_device_properties(0)
-    path.write_text(json.dumps({"device": device.name, "rows": rows}, indent=1) + "\n")
+        path.write_text(json.dumps({"device": device.name, "rows": rows}, indent=1) + "\n")
     shares = [float(r["share_of_bandwidth"]) for r in rows if r["storage"] == "bf16"]  # type: ignore[arg-type]
     mean = math.exp(statistics.fmean(math.log(s) for s in shares))
     print(f"bf16 decode reaches {mean:.0%} of the measured bandwidth (geometric mean)")

@@ -3,6 +3,8 @@
 The committed file holds the emulator's words. Write it again after a wrapper or an input changed:
 
     PYTHONPATH=tests python -m native.conformance --write
+
+On a machine with a GPU, `make gpu-check` compares that GPU's words with them.
 """
 
 import argparse
@@ -45,7 +47,7 @@ def collect(sections: str, run: Callable[[int], list[int]]) -> list[Section]:
     return result
 
 
-def write(path: Path, sections: list[Section]) -> None:
+def write(path: Path, sections: list[Section], note: str = NOTE) -> None:
     body = {
         s.name: {
             "compare": s.compare,
@@ -55,7 +57,7 @@ def write(path: Path, sections: list[Section]) -> None:
         }
         for s in sections
     }
-    path.write_text(json.dumps({"note": NOTE, "sections": body}, indent=1) + "\n")
+    path.write_text(json.dumps({"note": note, "sections": body}, indent=1) + "\n")
 
 
 def read(path: Path = REFERENCE) -> list[Section]:
@@ -112,10 +114,46 @@ def emulated_sections() -> list[Section]:
     return result
 
 
-if __name__ == "__main__":
+def described(sm90: bool) -> str:
+    """The sections of sm_80's or of sm_90's kernels, as the built library lists them."""
+    import torch
+
+    import flashattn_lite  # noqa: F401  it registers the operators
+
+    return str(torch.ops.flashattn_lite.ptx_conformance_sections(sm90))
+
+
+def device_words(sm90: bool) -> list[int]:
+    import torch
+
+    import flashattn_lite  # noqa: F401  it registers the operators
+
+    words = torch.ops.flashattn_lite.ptx_conformance(sm90)
+    return [int(word) & 0xFFFFFFFF for word in words.tolist()]
+
+
+def device_sections() -> list[Section]:
+    """The sections as the current GPU computes them; sm_90's on compute capability 9.0 alone."""
+    import torch
+
+    sections = []
+    for sm90 in (False, True) if torch.cuda.get_device_capability() == (9, 0) else (False,):
+        sections += collect(described(sm90), lambda _, flag=sm90: device_words(flag))
+    return sections
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help="replace the committed words")
-    sections = emulated_sections()
-    if parser.parse_args().write:
+    parser.add_argument("--device", type=Path, metavar="FILE", help="write the GPU's words there")
+    arguments = parser.parse_args()
+    sections = device_sections() if arguments.device else emulated_sections()
+    if arguments.device:
+        write(arguments.device, sections, "Result words of each PTX wrapper on this GPU.")
+    elif arguments.write:
         write(REFERENCE, sections)
     print(f"{len(sections)} sections, {sum(len(s.words) for s in sections)} words")
+
+
+if __name__ == "__main__":
+    main()
