@@ -85,7 +85,7 @@ class PlainAttention(torch.autograd.Function):
                 given |= {"max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1]}
                 arguments = (
                     *(dout, None, q, k, v, out, lse),
-                    *map(given.get, _ops.FORWARD_ARGUMENTS[3:-1]),
+                    *map(given.get, _ops.SHARED_ARGUMENTS),
                     *(deterministic, False, False, "auto"),
                 )
                 dq, dk, dv, *_ = _Backward.apply(name, *arguments)  # type: ignore[no-untyped-call]
@@ -125,7 +125,7 @@ class TransformableAttention(torch.autograd.Function):
         q, k, v, sinks, bias, others, ctx.caller, ctx.deterministic = inputs
         lengths, slopes, tensors, numbers = others[:10], others[10], others[11:14], others[14:]
         ctx.save_for_backward(*output, q, k, v, *lengths[:8], slopes, sinks, bias, *tensors)
-        ctx.max_seqlens, ctx.numbers, ctx.backend = lengths[8:], numbers[:-1], numbers[-1]
+        ctx.max_seqlens, ctx.numbers, ctx.backend = lengths[8:], numbers[:-2], numbers[-2]
         ctx.set_materialize_grads(False)
 
     backward = Attention.backward

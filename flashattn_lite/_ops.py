@@ -18,7 +18,7 @@ from torch import Tensor
 TORCH_FLOOR = (2, 10)
 
 # The forward operator's arguments, in the schema's order. Backward takes the same from
-# "cu_seqlens_q" to "dropout_p".
+# "cu_seqlens_q" to "dropout_p" (SHARED_ARGUMENTS).
 FORWARD_ARGUMENTS = (
     *("q", "k", "v"),
     *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "leftpad_k"),
@@ -26,8 +26,9 @@ FORWARD_ARGUMENTS = (
     *("alibi_slopes", "sinks", "bias", "dropout_seed"),
     *("block_mask", "block_mask_layout"),
     *("softmax_scale", "softcap", "window_left", "window_right", "dropout_p"),
-    "backend",
+    *("backend", "num_splits"),
 )
+SHARED_ARGUMENTS = FORWARD_ARGUMENTS[3:-2]
 
 OPERATORS = (
     *("forward", "forward_plain", "backward", "backward_plain", "rotate", "append_kv"),
@@ -140,7 +141,7 @@ def _fake_forward_plain(
 def _fake_backward(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    named = dict(zip(("out", "lse", *FORWARD_ARGUMENTS[3:-1]), rest, strict=False))
+    named = dict(zip(("out", "lse", *SHARED_ARGUMENTS), rest, strict=False))
     need_dsinks, need_dbias = rest[-3], rest[-2]
     dsinks = q.new_empty((q.shape[-2] if need_dsinks else 0,), dtype=torch.float32)
     dbias = q.new_empty((0,), dtype=torch.float32)

@@ -130,6 +130,7 @@ def attention(
     v_scale: Tensor | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
+    num_splits: int = 0,
     backend: str = "auto",
     algorithm: str | None = None,
     name: str = "attention",
@@ -156,7 +157,7 @@ def attention(
             No gradient.
         sinks: (heads_q); a logit per head that joins the softmax's denominator. Has a gradient.
         bias: broadcasts to (batch, heads_q, seqlen_q, seqlen_k), added to the scores after the
-            softcap. Has a gradient (on the CPU).
+            softcap. Has a gradient on the CPU; on CUDA there is none through such a call.
         block_mask: which blocks of keys each row may see, beside causal and window; what is not
             listed is neither read nor computed. A mask of another shape than (seqlen_q, seqlen_k)
             keeps its place by position: see ``BlockMask``.
@@ -175,6 +176,8 @@ def attention(
         v_scale: the same for v.
         deterministic: gradients bitwise repeatable on CUDA too (on the CPU they always are).
         return_lse: also return the log-sum-exp of the scores, which is differentiable.
+        num_splits: thread blocks that share a sequence's keys when it is decoded on CUDA, at most
+            one for every 256 keys; 0 chooses. No bit of the result depends on it.
         backend: "auto", "cpu", "cuda", "reference", or one engine by name; one that cannot run the
             call raises, with every engine's reason.
         algorithm: "flash1" (FlashAttention) or "flash2" (FlashAttention-2), both on CUDA; default:
@@ -233,6 +236,10 @@ def attention(
         )
     if alibi_slopes is not None and alibi_slopes.requires_grad:
         raise _ops.ArgumentError(f"{name}: alibi_slopes has no gradient here; pass it detached")
+    if type(num_splits) is not int:
+        num_splits = _argument_types.index(name, "num_splits", num_splits)
+    if num_splits < 0:
+        raise _ops.ArgumentError(f"{name}: num_splits is {num_splits}; it must be >= 0 (0 chooses)")
     if dropout_p > 0 and dropout_seed is None:
         dropout_seed = draw_dropout_seed()
     if type(backend) is not str:
@@ -279,7 +286,7 @@ def attention(
         or (bias is not None and bias.requires_grad)
     )
     if needs_grad:
-        _refuse_wide_gradients(name, q, v)
+        _refuse_gradients(name, q, v, bias)
     transformed = needs_grad and torch._C._functorch.maybe_current_level() is not None
     try:
         if (
@@ -298,6 +305,7 @@ def attention(
             and dropout_seed is None
             and dropout_p == 0
             and softcap == 0
+            and num_splits == 0
             and backend == "auto"
         ):
             if not needs_grad:
@@ -319,7 +327,7 @@ def attention(
         packed = (None, None) if block_mask is None else block_mask.packed(q.device)
         numbers = (
             *(dropout_seed, *packed),
-            *(softmax_scale, softcap, left, right, dropout_p, backend),
+            *(softmax_scale, softcap, left, right, dropout_p, backend, num_splits),
         )
         if needs_grad:
             others = (*lengths, *numbers)
@@ -342,8 +350,14 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _refuse_wide_gradients(name: str, q: Tensor, v: Tensor) -> None:
-    """Before the forward pass, which takes wider heads when it decodes, rather than after it."""
+def _refuse_gradients(name: str, q: Tensor, v: Tensor, bias: Tensor | None) -> None:
+    """Before the forward pass, which takes wider heads when it decodes, and on CUDA a bias, rather
+    than after it."""
+    if bias is not None and q.is_cuda:
+        raise _ops.ArgumentError(
+            f"{name}: bias is given and a gradient is wanted, which CUDA does not have through a "
+            "bias; call it under torch.no_grad(), or on the CPU"
+        )
     for argument, t in (("q", q), ("v", v)):
         if isinstance(t, Tensor) and t.dim() > 0 and t.shape[-1] > 256:
             raise _ops.ArgumentError(

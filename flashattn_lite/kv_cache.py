@@ -202,7 +202,8 @@ def flash_attn_with_kvcache(
         softcap: scores become softcap * tanh(score / softcap); 0 is off.
         rotary_interleaved: pairs are (2p, 2p + 1) (GPT-J), or (p, p + rotary_dim / 2) (GPT-NeoX).
         alibi_slopes: float32 (heads_q) or (batch, heads_q).
-        num_splits: how many parts to split the keys into; 0 chooses. It changes no result.
+        num_splits: thread blocks that share a sequence's keys on CUDA, at most one for every 256
+            keys; 0 chooses. No bit of the result depends on it, nor does anything on the CPU.
         return_softmax_lse: also return the log-sum-exp.
         sinks: float32 (heads_q), a logit per head that joins the softmax's denominator.
         k_scale: float32 k_cache.shape[:3], factors of an int8 or float8_e4m3fn cache.
@@ -244,8 +245,6 @@ def flash_attn_with_kvcache(
     causal = _argument_types.flag(_NAME, "causal", causal)
     rotary_interleaved = _argument_types.flag(_NAME, "rotary_interleaved", rotary_interleaved)
     return_softmax_lse = _argument_types.flag(_NAME, "return_softmax_lse", return_softmax_lse)
-    if _argument_types.index(_NAME, "num_splits", num_splits) < 0:
-        raise ArgumentError(f"{_NAME}: num_splits is {num_splits}; it must be >= 0 (0 chooses)")
     if k_cache.dim() != 4:
         raise ArgumentError(f"{_NAME}: k_cache has shape {tuple(k_cache.shape)}; it must be 4-D")
     for argument, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -299,6 +298,7 @@ def flash_attn_with_kvcache(
                     softcap=softcap,
                     sinks=sinks,
                     return_lse=return_softmax_lse,
+                    num_splits=num_splits,
                     backend=backend,
                     name=_NAME,
                 )
@@ -320,6 +320,7 @@ def flash_attn_with_kvcache(
                 v_scale=v_scale,
                 block_mask=block_mask,
                 return_lse=return_softmax_lse,
+                num_splits=num_splits,
                 backend=backend,
                 name=_NAME,
             )

@@ -101,6 +101,7 @@ def tree_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    num_splits: int = 0,
     backend: str = "auto",
     name: str = "tree_attention",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -123,6 +124,7 @@ def tree_attention(
         softcap: as in ``attention``.
         sinks: as in ``attention``.
         return_lse: also return the log-sum-exp.
+        num_splits: as in ``attention``.
         backend: as in ``attention``.
         name: what error messages begin with.
 
@@ -143,8 +145,8 @@ def tree_attention(
     batch, tokens = q.shape[:2]
     scales = {"k_scale": k_scale, "v_scale": v_scale}
     common: dict[str, Any] = {
-        **{"softmax_scale": softmax_scale, "softcap": softcap, "backend": backend, "name": name},
-        "return_lse": True,
+        **{"softmax_scale": softmax_scale, "softcap": softcap, "num_splits": num_splits},
+        **{"backend": backend, "name": name, "return_lse": True},
     }
     cache: dict[str, Any] = {"block_table": block_table, "leftpad_k": leftpad_k, **scales}
     # Every argument is checked over the whole length before keys are taken by hand below.

@@ -20,12 +20,12 @@ def few_queries(case: testing.Case) -> testing.Case:
     return replace(case, seqlens=tuple((min(5, q), k) for q, k in case.seqlens))
 
 
-# Dropout and bias are refused, float32 too; a last stride other than 1 never reaches an engine.
+# Dropout is refused, float32 too; a last stride other than 1 never reaches an engine.
 CASES = [
     few_queries(case)
     for case in testing.all_cases()
     if case.dtype in (torch.float16, torch.bfloat16)
-    and not (case.bias or case.dropout_p)
+    and not case.dropout_p
     and case.strides != "last"
 ]
 
@@ -85,19 +85,19 @@ def test_case(case: testing.Case) -> None:
 
 
 IN_CACHES = [
-    pytest.param(
-        case, storage, LAYOUTS[(i + j) % 6], i, id=f"{case}-{storage}-{LAYOUTS[(i + j) % 6]}"
-    )
+    pytest.param(case, layout, STORAGES[(i + j) % 3], i + j, id=f"{case}-{layout}")
     for i, case in enumerate(case for case in CASES if case.batch)
-    for j, storage in enumerate(STORAGES)
+    for j, layout in enumerate(LAYOUTS)
 ]
 
 
-@pytest.mark.parametrize(("case", "storage", "layout", "seed"), IN_CACHES)
-def test_case_over_caches(case: testing.Case, storage: str, layout: str, seed: int) -> None:
-    """Every case in every storage, under four schedules in turn; layouts take turns."""
+@pytest.mark.parametrize(("case", "layout", "storage", "turn"), IN_CACHES)
+def test_case_over_caches(case: testing.Case, layout: str, storage: str, turn: int) -> None:
+    """Every case in every layout, and in every storage (in two layouts each); four schedules and
+    three numbers of splits take turns."""
     inputs = over_cache(case, layout, storage)
-    check(run(inputs.q, inputs.k, inputs.v, seed=seed % 4, **inputs.reference_options()), inputs)
+    more = {"seed": turn % 4, "num_splits": turn % 5 % 3}
+    check(run(inputs.q, inputs.k, inputs.v, **more, **inputs.reference_options()), inputs)
 
 
 EVERYTHING = testing.Case(
@@ -203,6 +203,9 @@ def test_bits_are_the_sequences_own(storage: str, tokens: int) -> None:
         (sequences, "page256", {"multiprocessors": 1}),  # one block walks all parts
         (sequences, "page1", {"multiprocessors": 2}),
         (sequences[:2], "page64", {}),
+        (sequences, "page16", {"num_splits": 1}),
+        (sequences, "contiguous", {"num_splits": 3}),
+        (sequences, "page5", {"num_splits": 1000}),
     ]
     for batch, layout, more in variants:
         for (out, lse), (own_out, own_lse) in zip(
@@ -342,6 +345,16 @@ def test_no_query_heads() -> None:
     assert run(q, k, k).out.shape == (2, 1, 0, 64)
 
 
+def test_splits_can_be_forced() -> None:
+    """Each block that has keys reads Q once; a part of 256 keys is the least that one takes."""
+    q, k, v = (t[None] for t in _sequences([1000], 1, torch.bfloat16)[0])
+    results = {n: run(q, k, v, num_splits=n) for n in (0, 1, 2, 3, 4, 100)}
+    blocks = {n: r.traffic["q"][0] // (q.numel() * 2) for n, r in results.items()}
+    assert blocks == {0: 4, 1: 1, 2: 2, 3: 2, 4: 4, 100: 4}  # runs of two parts in 3 splits: 2
+    for result in results.values():
+        assert torch.equal(result.out, results[0].out)
+
+
 def test_splits_fill_the_device() -> None:
     """A block for every part when sequences are few, one for many parts when they are many."""
     splits = cuda_problem.engines().decode_splits
@@ -351,16 +364,37 @@ def test_splits_fill_the_device() -> None:
     assert splits(tiles=0, most_parts=1, multiprocessors=1, blocks_per_multiprocessor=1) == 1
 
 
+def test_splits_on_an_h200() -> None:
+    """The table of docs/kernels/decode.md: 8 K/V heads, a tile of rows each."""
+    splits = cuda_problem.engines().decode_splits
+    rows = ((1, 4, 4, 32), (1, 32, 32, 256), (1, 64, 64, 512), (8, 32, 32, 2048))
+    for sequences, parts, expected, blocks in (*rows, (64, 32, 13, 5632), (256, 32, 4, 8192)):
+        chosen = splits(
+            tiles=8 * sequences,
+            most_parts=parts,
+            multiprocessors=132,
+            blocks_per_multiprocessor=3,
+        )
+        run = -(-parts // chosen)
+        assert (chosen, 8 * sequences * -(-parts // run)) == (expected, blocks)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+def test_a_bias_at_any_length(dtype: torch.dtype) -> None:
+    """FlashAttention-2 takes no bias: decode does, whatever the number of queries."""
+    case = testing.Case(
+        "bias", ((90, 90), (40, 300)), "varlen", causal=True, dtype=torch.bfloat16, bias="full"
+    )
+    inputs = over_cache(case, "page16", "same")
+    inputs.options["bias"] = inputs.options["bias"].to(dtype)
+    check(run(inputs.q, inputs.k, inputs.v, **inputs.reference_options()), inputs)
+
+
 def test_reasons_against() -> None:
     """Why decode does not take a call, in words that name the limit."""
 
     def reason(q: Tensor, k: Tensor, capability: int = 80, **options: Any) -> str | None:
-        module = cuda_problem.engines()
-        problem = cuda_problem._problem(module, q, k, k, options)
-        problem |= {"out": (0, 0, 0, 0), "lse": (0, 0, 0, 0)}
-        text: str | None = module.supports_forward(module.Algorithm.decode, problem, capability)
-        module.reset()
-        return text
+        return cuda_problem.reason_against("decode", q, k, k, capability, **options)
 
     def tensors(tokens: int, heads: int = 2, dim: int = 64) -> tuple[Tensor, Tensor]:
         return torch.zeros(1, tokens, heads, dim).half(), torch.zeros(1, 20, 1, dim).half()
@@ -375,3 +409,11 @@ def test_reasons_against() -> None:
         "head dims above 128 need 142 KB of shared memory; this device has 99 KB"
     )
     assert reason(*tensors(1), capability=75) == "the device's compute capability is below 8.0"
+    assert reason(*tensors(1, dim=576)) == (
+        "the head dim is above 256: latent attention decodes on the CPU engine alone"
+    )
+    bias = torch.zeros(1, 1, 17, 20)
+    assert reason(*tensors(17), bias=bias) is None
+    assert reason(*tensors(17), bias=bias.bfloat16()) == (
+        "the bias is neither float32 nor of q's dtype"
+    )

@@ -25,6 +25,7 @@ from flashattn_lite.testing import (
     gradients_of,
     make_inputs,
 )
+from flashattn_lite.tree import ancestor_mask
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a torch with CUDA"
@@ -43,10 +44,10 @@ def runner(algorithm: str) -> Any:
 
 
 def out_of_reach(case: Case) -> str:
-    """What every CUDA engine says to a case that none of them runs; empty when they must run it."""
-    if case.dtype == torch.float32:
-        return "q is not float16 or bfloat16"
-    return "an additive bias is given" if case.bias else ""
+    """What is said to a case that CUDA does not run forward and backward; empty when it must."""
+    if case.bias:
+        return "which CUDA does not have through a bias"
+    return "q is not float16 or bfloat16" if case.dtype == torch.float32 else ""
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -66,8 +67,9 @@ def few_queries(case: Case) -> Case:
 
 @pytest.mark.parametrize("case", [few_queries(c) for c in all_cases()], ids=str)
 def test_case_table_of_decode(case: Case) -> None:
-    """With at most five query tokens a sequence; decode has no backward."""
-    reason = out_of_reach(case) or ("decoding has no dropout" if case.dropout_p else "")
+    """With at most five query tokens a sequence; decode has no backward, and takes a bias."""
+    reason = out_of_reach(replace(case, bias=""))
+    reason = reason or ("decoding has no dropout" if case.dropout_p else "")
     if reason and case.batch:
         with pytest.raises(ArgumentError, match=reason):
             check_case(runner("decode"), case, device="cuda", backward=False)
@@ -89,7 +91,7 @@ def test_decode_over_pages(layout: str, storage: str, dtype: torch.dtype) -> Non
     options["seqused_k"] = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     stored = [cache.k.cuda(), cache.v.cuda()]
 
-    def decode(batch: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def decode(batch: slice = slice(None), num_splits: int = 0) -> tuple[Tensor, Tensor]:
         own = {n: o[batch] for n, o in options.items() if n in ("seqused_k", "block_table")}
         of = [t if "block_table" in options else t[batch] for t in stored]
         scales = {
@@ -98,7 +100,13 @@ def test_decode_over_pages(layout: str, storage: str, dtype: torch.dtype) -> Non
             if n.endswith("_scale")
         }
         out, lse = attention(
-            q[batch], *of, causal=True, return_lse=True, backend="decode", **own, **scales
+            *(q[batch], *of),
+            causal=True,
+            return_lse=True,
+            num_splits=num_splits,
+            backend="decode",
+            **own,
+            **scales,
         )
         return out, lse
 
@@ -110,6 +118,8 @@ def test_decode_over_pages(layout: str, storage: str, dtype: torch.dtype) -> Non
     for b in range(4):
         alone = decode(slice(b, b + 1))
         assert torch.equal(alone[0][0], out[b]) and torch.equal(alone[1][0], lse[b])
+    for num_splits in (1, 3):
+        assert torch.equal(decode(num_splits=num_splits)[0], out)
     torch.cuda.set_sync_debug_mode("error")
     try:
         decode()
@@ -280,3 +290,26 @@ def test_kv_cache_equals_the_cpus(page_size: int, interleaved: bool) -> None:
     one_rounding = float(k_cache.abs().max()) * torch.finfo(torch.float16).eps
     assert float((k_cache - gpu_k).abs().max()) <= one_rounding
     assert float((out - gpu_out).abs().max()) <= 4 * float(out.abs().max()) * 2**-10
+
+
+@pytest.mark.parametrize("nodes", [7, 40])
+def test_trees_equal_the_cpus(nodes: int) -> None:
+    """Drafts that branch, over pages: their own keys go through decode's bias."""
+    lengths, generator = [nodes, nodes + 700], torch.Generator().manual_seed(3)
+    k, v = ([torch.randn(n, 2, 64).half() for n in lengths] for _ in range(2))
+    cache = kv_caches.make_cache("page16", "same", k, v, max(lengths))
+    q = torch.randn(2, nodes, 4, 64).half()
+    drawn = torch.rand(nodes - 1, generator=generator) * torch.arange(1, nodes)
+    tree = ancestor_mask(torch.tensor([-1, *drawn.int()]))
+    results = []
+    for device in ("cpu", "cuda"):
+        out = flash_attn_with_kvcache(
+            *(t.to(device) for t in (q, cache.k, cache.v)),
+            cache_seqlens=torch.tensor(lengths, dtype=torch.int32, device=device),
+            block_table=cache.options["block_table"].to(device),
+            tree_mask=tree.to(device),
+        )
+        assert isinstance(out, Tensor)
+        results.append(out.cpu())
+    largest = float(results[0].abs().max())
+    assert float((results[0] - results[1]).abs().max()) <= 4 * largest * 2**-10

@@ -165,7 +165,9 @@ struct ForwardProblem {
   AnyView q;
   KeyValue kv;
   AnyView out;
-  RowStats lse;  // natural log; -inf for a row that sees nothing
+  RowStats lse;        // natural log; -inf for a row that sees nothing
+  int32_t num_splits;  // workers that share a sequence's keys, where an engine splits them; 0: it
+                       // chooses. Changes no bit
 };
 
 // Gradients of a forward call. dk and dv are (batch, row, heads_k, dim): a query group's sum.

@@ -32,13 +32,20 @@ bool chunks_aligned(const AnyView& view, int64_t batch, int64_t heads, int64_t d
 
 const char* decode_supports_forward(const ForwardProblem& problem, int capability) {
   const Shape& shape = problem.shape;
+  const bool has_bias = problem.score.bias.data != nullptr;
   ForwardProblem plain = problem;
   if (quantised(problem)) plain.kv.dtype = shape.dtype;
+  plain.score.bias.data = nullptr;
   if (const char* reason = tensor_cores_cannot(plain, capability)) return reason;
   if (problem.score.dropout_threshold) return "decoding has no dropout";
+  const DType bias_dtype = problem.score.bias.dtype;
+  if (has_bias && bias_dtype != DType::kFloat32 && bias_dtype != shape.dtype) {
+    return "the bias is neither float32 nor of q's dtype";
+  }
   const int32_t group = group_of(shape), tokens = problem.lengths.seqlen_q;
   // What FlashAttention-2 does not take, decoding takes at any length.
-  if (!quantised(problem) && (tokens > kDecodeTokens || tokens * group > DecodeParts::kRows)) {
+  if (!quantised(problem) && !has_bias &&
+      (tokens > kDecodeTokens || tokens * group > DecodeParts::kRows)) {
     return "q has more than 16 tokens of a sequence, or more than 256 rows for a K/V head";
   }
   if (int64_t(shape.heads_k) * tokens * group > Band::kMaxLength) {

@@ -125,7 +125,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
     }
   }
   LaneRows<kM> lane_rows;
-  lane_rows.init(args, b, first_head, first_row, rows, lane);
+  const TileRows tile_rows{b, first_head, first_row, rows, args.group};
+  lane_rows.init(problem.score, tile_rows, lane);
   const float scale_log2 = (args.general ? 1.f : problem.score.scale) * kLog2e;
 
   int step = steps.begin;
@@ -151,14 +152,16 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       if (any) {
         float s[kM][2][4];
         clear(s);
+        Storage::with_elements(problem.kv.dtype, [&](auto keys) {
 #pragma unroll
-        for (int block = 0; block < kDim / 64; ++block) {
-          if constexpr (!Config::kKeepsQ) {
-            Storage::load_queries(frag_q[0], smem_q, block, lane);
+          for (int block = 0; block < kDim / 64; ++block) {
+            if constexpr (!Config::kKeepsQ) {
+              Storage::load_queries(frag_q[0], smem_q, block, lane);
+            }
+            keys.add_scores(s, frag_q[Config::kKeepsQ ? block : 0], smem_tile(step, 0), block,
+                            lane);
           }
-          Storage::add_scores(s, frag_q[Config::kKeepsQ ? block : 0], smem_tile(step, 0), block,
-                              lane);
-        }
+        });
         float2 value_factor[2];
         if constexpr (Storage::kQuantised) {
           float2 key_factor[2];
@@ -170,7 +173,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
           }
           scale_keys(s, key_factor);
         }
-        if (args.general) modify_keys(s, problem.score, lane_rows, band.shift(), key);
+        if (args.general) {
+          modify_keys(s, problem.score, lane_rows, band.shift(), key);
+          if (problem.score.bias.data) {
+            add_bias<T>(s, problem.score.bias, band, lane_rows, tile_rows, key, lane);
+          }
+        }
         if (masked) mask_keys(s, band, lane_rows, key, -FAL_INFINITY);
         softmax.step(s, acc_o, scale_log2);
         if constexpr (Storage::kQuantised) {
@@ -189,11 +197,15 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       load_k(step + 2, after_next);
       next = after_next;
       after_next = find(step + 3);
-      if (any && masked && tokens.size() > 1 &&
-          Storage::holds_nonfinite(smem_tile(step, 1), lane)) {
-        add_seen_values<Config>(acc_o, frag_p, smem_tile(step, 1), band, lane_rows, begin, lane);
-      } else if (any) {
-        add_values<Config>(acc_o, frag_p, smem_tile(step, 1), lane);
+      if (any) {
+        Storage::with_elements(problem.kv.dtype, [&](auto values) {
+          if (masked && tokens.size() > 1 && values.holds_nonfinite(smem_tile(step, 1), lane)) {
+            add_seen_values<Config>(acc_o, values, frag_p, smem_tile(step, 1), band, lane_rows,
+                                    begin, lane);
+          } else {
+            add_values<Config>(acc_o, values, frag_p, smem_tile(step, 1), lane);
+          }
+        });
       }
     }
 
@@ -209,8 +221,8 @@ cudaError_t launch_decode(DecodeArgs args, cudaStream_t stream) {
   const Shape& shape = args.problem.shape;
   args.m_blocks = ceil_div(args.problem.lengths.seqlen_q * args.group, Config::kTileM);
   const int64_t tiles = static_cast<int64_t>(shape.batch) * shape.heads_k * args.m_blocks;
-  const int32_t splits =
-      decode_splits(tiles, args.workspace.parts, multiprocessors(), Config::kBlocksPerSm);
+  const int32_t splits = decode_splits(tiles, args.workspace.parts, multiprocessors(),
+                                       Config::kBlocksPerSm, args.problem.num_splits);
   const dim3 grid(shape.heads_k * args.m_blocks, splits, shape.batch);
   return launch(decode_kernel<Config>, grid, Config::kThreads, sizeof(DecodeSmem<Config>), stream,
                 args);
@@ -230,10 +242,8 @@ cudaError_t decode_kernel_of(const DecodeArgs& args, cudaStream_t stream) {
     };
     using One = std::integral_constant<int, 1>;
     using Two = std::integral_constant<int, kDim <= 128 ? 2 : 1>;
-    if (args.problem.kv.dtype == DType::kInt8) {
-      run(One{}, TypeTag<QuantisedKvTile<StoredInt8, T, kDim>>{});
-    } else if (args.problem.kv.dtype == DType::kFloat8E4M3) {
-      run(One{}, TypeTag<QuantisedKvTile<StoredFloat8, T, kDim>>{});
+    if (args.problem.kv.dtype != args.problem.shape.dtype) {
+      run(One{}, TypeTag<QuantisedKvTile<T, kDim>>{});
     } else if (args.problem.lengths.seqlen_q > 16 / args.group) {
       run(Two{}, TypeTag<PlainKvTile<T, kDim>>{});
     } else {

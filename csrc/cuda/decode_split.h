@@ -46,10 +46,12 @@ struct DecodeParts {
   }
 };
 
-// Blocks that share a sequence's parts: enough for `waves` rounds of the device, so that ragged
-// lengths and the last round cost little; with few sequences, a block for every part.
+// Blocks that share a sequence's parts: `forced`, if it is not 0; else enough for `waves` rounds of
+// the device, so that ragged lengths and the last round cost little; with few sequences, a block
+// for every part. Never more than there are parts.
 inline int32_t decode_splits(int64_t tiles, int32_t most_parts, int32_t multiprocessors,
-                             int32_t blocks_per_multiprocessor) {
+                             int32_t blocks_per_multiprocessor, int32_t forced) {
+  if (forced > 0) return min_int(forced, most_parts);
   constexpr int64_t kWaves = 16;
   const int64_t wanted = kWaves * multiprocessors * blocks_per_multiprocessor;
   const int64_t splits = tiles > 0 ? (wanted + tiles - 1) / tiles : 1;

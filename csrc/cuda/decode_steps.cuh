@@ -63,22 +63,31 @@ struct GroupedRows {
   }
 };
 
+// Which rows a tile holds: `rows` of them from first_row on, of the group from first_head on.
+struct TileRows {
+  int32_t b, first_head, first_row, rows, group;
+
+  // The lane's row of a (16-row group, half), or the tile's last.
+  __device__ __forceinline__ int of_lane(int m, int half, int lane) const {
+    return first_row + min(m * 16 + half * 8 + lane / 4, rows - 1);
+  }
+};
+
 // The rows that a lane's accumulators belong to, by (16-row group, half).
 template <int kM>
 struct LaneRows {
   int token[kM][2];  // of rows behind the last: the last one's
   float slope[kM][2];
 
-  __device__ __forceinline__ void init(const DecodeArgs& args, int b, int first_head, int first_row,
-                                       int rows, int lane) {
+  __device__ __forceinline__ void init(const ScoreOptions& score, TileRows tile, int lane) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = first_row + min(m * 16 + half * 8 + lane / 4, rows - 1);
-        token[m][half] = row / args.group;
+        const int row = tile.of_lane(m, half, lane);
+        token[m][half] = row / tile.group;
         slope[m][half] =
-            args.problem.score.alibi_slope(b, first_head + row - token[m][half] * args.group);
+            score.alibi_slope(tile.b, tile.first_head + row - token[m][half] * tile.group);
       }
     }
   }
@@ -126,6 +135,37 @@ __device__ __forceinline__ void modify_keys(float (&s)[kM][2][4], const ScoreOpt
   }
 }
 
+// Adds the bias of the pairs that are seen; of the others nothing is read. Element by element, from
+// device memory: right for the masks of a few drafts.
+template <class T, int kM>
+__device__ __forceinline__ void add_bias(float (&s)[kM][2][4], const Bias& bias, const Band& band,
+                                         const LaneRows<kM>& rows, TileRows tile, int key,
+                                         int lane) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int token = rows.token[m][half];
+      const int head = tile.first_head + tile.of_lane(m, half, lane) - token * tile.group;
+      const Range seen = band.keys_of(token);
+      const int64_t row = tile.b * bias.batch + head * bias.head + token * bias.row;
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int j = key + n * 8 + e;
+          if (!seen.contains(j)) continue;
+          const int64_t at = row + j * bias.col;
+          s[m][n][half * 2 + e] +=
+              bias.dtype == DType::kFloat32
+                  ? static_cast<const float*>(bias.data)[at]
+                  : Mma<T>::to_float(static_cast<const uint16_t*>(bias.data)[at]);
+        }
+      }
+    }
+  }
+}
+
 // Multiplies each key's column by its factor.
 template <int kM>
 __device__ __forceinline__ void scale_keys(float (&s)[kM][2][4], const float2 (&factor)[2]) {
@@ -139,17 +179,16 @@ __device__ __forceinline__ void scale_keys(float (&s)[kM][2][4], const float2 (&
   }
 }
 
-// O += P V over a tile of 16 keys.
-template <class Config>
+// O += P V over a tile of 16 keys, whose elements are read as `values` says (kv_storage.cuh).
+template <class Config, class Elements>
 __device__ __forceinline__ void add_values(
-    float (&acc_o)[Config::kRowGroups][Config::kHeadDim / 8][4],
+    float (&acc_o)[Config::kRowGroups][Config::kHeadDim / 8][4], Elements values,
     const FragmentsA<Config::kRowGroups, 1>& frag_p, uint32_t smem_v, int lane) {
-  using Storage = typename Config::Storage;
-  constexpr int kTiles = Storage::kColumns / 8;
+  constexpr int kTiles = Elements::kColumns / 8;
 #pragma unroll
-  for (int group = 0; group < Config::kHeadDim / Storage::kColumns; ++group) {
+  for (int group = 0; group < Config::kHeadDim / Elements::kColumns; ++group) {
     uint32_t b[kTiles][2];
-    Storage::load_values(b, smem_v, group, lane);
+    values.load_values(b, smem_v, group, lane);
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -163,9 +202,9 @@ __device__ __forceinline__ void add_values(
 
 // The same for a tile with an infinity or a NaN at a key that some row does not see: key by key and
 // row by row, since 0 times either is NaN.
-template <class Config>
+template <class Config, class Elements>
 __device__ __forceinline__ void add_seen_values(
-    float (&acc_o)[Config::kRowGroups][Config::kHeadDim / 8][4],
+    float (&acc_o)[Config::kRowGroups][Config::kHeadDim / 8][4], Elements values,
     const FragmentsA<Config::kRowGroups, 1>& frag_p, uint32_t smem_v, const Band& band,
     const LaneRows<Config::kRowGroups>& rows, int first_key, int lane) {
   using ToFloat = Mma<typename Config::Element>;
@@ -187,7 +226,7 @@ __device__ __forceinline__ void add_seen_values(
     }
 #pragma unroll
     for (int n = 0; n < Config::kHeadDim / 8; ++n) {
-      const uint32_t pair = Config::Storage::value_pair(smem_v, j, n, lane);
+      const uint32_t pair = values.value_pair(smem_v, j, n, lane);
       const float v[2] = {ToFloat::to_float(static_cast<uint16_t>(pair)),
                           ToFloat::to_float(static_cast<uint16_t>(pair >> 16))};
 #pragma unroll

@@ -18,9 +18,13 @@ inline const char* tensor_cores_cannot(const ForwardProblem& problem, int capabi
     return "q is not float16 or bfloat16";
   }
   if (problem.kv.dtype != shape.dtype) return "k and v are quantised";
-  if (shape.head_dim > 256 || shape.head_dim_v > 256) return "the head dim is above 256";
+  if (shape.head_dim > 256 || shape.head_dim_v > 256) {
+    return "the head dim is above 256: latent attention decodes on the CPU engine alone";
+  }
   if (problem.block_mask.given()) return "a block_mask is given, which the CPU engine alone takes";
-  if (problem.score.bias.data) return "an additive bias is given, which the CPU engine alone takes";
+  if (problem.score.bias.data) {
+    return "an additive bias is given, which the CPU engine and, forward, decode take";
+  }
   if (shape.batch > 65535 - 1 || shape.heads_q > 65535) {
     return "the batch or the number of heads is above a CUDA grid's 65535";
   }

@@ -3,6 +3,8 @@
 //
 //   Layout                    where 16-byte chunks of a tile of 16 keys lie in shared memory
 //   load_queries(a, ...)      the A fragments of four 16-wide steps, 64 dims, of Q
+//   with_elements(type, f)    f(elements), once, with the functions below; int8 and fp8 share a
+//                             kernel, and branch here, outside the loops: twice a tile
 //   add_scores(s, a, ...)     s += Q K^T over those 64 dims
 //   load_values(b, ...)       the B fragments of kColumns columns of V
 //   value_pair(...)           of one key, the two values that belong to a lane's accumulators of an
@@ -38,6 +40,11 @@ struct PlainKvTile {
   static constexpr int kBytes = 2;
   static constexpr bool kQuantised = false;
   static constexpr int kColumns = 16;
+
+  template <class Use>
+  __device__ __forceinline__ static void with_elements(DType, Use use) {
+    use(PlainKvTile{});
+  }
 
   template <int kM>
   __device__ __forceinline__ static void load_queries(uint32_t (&a)[4][kM][4], uint32_t smem_q,
@@ -139,17 +146,27 @@ struct Widen<StoredFloat8, __nv_bfloat16> {
   }
 };
 
+template <class Stored, class T, int kDim>
+struct QuantisedElements;
+
 // int8 or fp8 e4m3, widened in registers. Lane (g, c) = (lane / 4, lane % 4) loads 16 consecutive
 // dims of a key at once and deals them over four steps; any order of the dims is right as long as Q
 // has the same: step s, k = 2c, 2c + 1, 2c + 8, 2c + 9 are dims 64 block + 16 c + 4 s + 0 .. 3.
-template <class Stored, class T, int kDim>
+template <class T, int kDim>
 struct QuantisedKvTile {
   using Layout = ByteTileLayout<kDim>;
-  using ToT = Widen<Stored, T>;
   static constexpr int kBytes = 1;
   static constexpr bool kQuantised = true;
   static constexpr int kColumns = 32;
 
+  template <class Use>
+  __device__ __forceinline__ static void with_elements(DType stored, Use use) {
+    if (stored == DType::kInt8) {
+      use(QuantisedElements<StoredInt8, T, kDim>{});
+    } else {
+      use(QuantisedElements<StoredFloat8, T, kDim>{});
+    }
+  }
   template <int kM>
   __device__ __forceinline__ static void load_queries(uint32_t (&a)[4][kM][4], uint32_t smem_q,
                                                       int block, int lane) {
@@ -168,6 +185,14 @@ struct QuantisedKvTile {
       }
     }
   }
+};
+
+template <class Stored, class T, int kDim>
+struct QuantisedElements {
+  using Layout = ByteTileLayout<kDim>;
+  using ToT = Widen<Stored, T>;
+  static constexpr int kColumns = QuantisedKvTile<T, kDim>::kColumns;
+
   template <int kM>
   __device__ __forceinline__ static void add_scores(float (&s)[kM][2][4],
                                                     const uint32_t (&a)[4][kM][4], uint32_t smem_k,

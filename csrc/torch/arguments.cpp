@@ -155,6 +155,10 @@ void Arguments::set_lengths() {
     return static_cast<int32_t>(value < Band::kMaxLength ? value : Band::kMaxLength);
   };
   problem_.window = {side("window_left", o.window_left), side("window_right", o.window_right)};
+  if (o.num_splits < 0)
+    checker_.bad("num_splits is ", o.num_splits, "; it must be >= 0 (0 chooses)");
+  problem_.num_splits =
+      static_cast<int32_t>(o.num_splits < Band::kMaxLength ? o.num_splits : Band::kMaxLength);
 }
 
 void Arguments::set_score() {

@@ -19,6 +19,7 @@ struct Options {
   double softmax_scale = 0, softcap = 0;
   int64_t window_left = -1, window_right = -1;
   double dropout_p = 0;
+  int64_t num_splits = 0;  // forward's own: not in kSchema
 
   static constexpr const char* kSchema =
       "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "

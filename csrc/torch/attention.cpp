@@ -26,7 +26,7 @@ void forward(uint64_t* stack, uint64_t inputs, uint64_t) {
   StackReader reader(stack, inputs);
   reader >> q >> k >> v;
   options.read(reader);
-  reader >> backend;
+  reader >> backend >> options.num_splits;
   forward_with(stack, std::move(q), std::move(k), std::move(v), std::move(options), backend);
 }
 
@@ -138,7 +138,7 @@ const bool registered = [] {
   const std::string options = Options::kSchema;
   definitions
       .schema("forward(Tensor q, Tensor k, Tensor v, " + options +
-              ", str backend) -> (Tensor out, Tensor lse)")
+              ", str backend, int num_splits=0) -> (Tensor out, Tensor lse)")
       .schema(
           "forward_plain(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, int "
           "window_right) -> (Tensor out, Tensor lse)")

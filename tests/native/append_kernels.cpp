@@ -1,5 +1,5 @@
 // Rotary embedding and cache appending on the emulator, for Python: one struct per call, as flat
-// integers (addresses, strides, sizes) in the order that test_append_emulated.py gives them.
+// integers (addresses, strides, sizes) in the order that emulated_ops.py gives them.
 #include "csrc/cuda/append.h"
 #include "simt_binding.h"
 

@@ -58,6 +58,15 @@ ForwardProblem forward_problem(const py::dict& d) {
   p.kv.pages = {indices("block_table"), d["table_stride"].cast<int64_t>(), integer("page_size")};
   p.out = view(d, "out");
   p.lse = row_stats(d, "lse");
+  p.num_splits = integer("num_splits");
+  const py::tuple bias = d["bias"];  // (address, batch, head, row and key strides, dtype)
+  const auto stride = [&](int i) { return bias[i].cast<int64_t>(); };
+  p.score.bias = {pointer<void>(bias[0]),
+                  stride(1),
+                  stride(2),
+                  stride(3),
+                  stride(4),
+                  static_cast<DType>(bias[5].cast<int>())};
   return p;
 }
 
@@ -85,7 +94,7 @@ PYBIND11_MODULE(cuda_engines, m) {
       .value("flash2", Algorithm::kFlash2)
       .value("decode", Algorithm::kDecode);
   m.def("decode_splits", &decode_splits, py::kw_only(), py::arg("tiles"), py::arg("most_parts"),
-        py::arg("multiprocessors"), py::arg("blocks_per_multiprocessor"));
+        py::arg("multiprocessors"), py::arg("blocks_per_multiprocessor"), py::arg("forced") = 0);
   m.def("supports_forward", [](Algorithm a, const py::dict& d, int capability) {
     return reason(supports_forward(a, forward_problem(d), capability));
   });

@@ -12,6 +12,7 @@ from torch import Tensor
 from flashattn_lite import reference
 
 DTYPES = {torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
+ALL_DTYPES = {torch.float32: 0, **DTYPES}
 
 
 @functools.cache
@@ -64,6 +65,14 @@ def _address(module: ModuleType, t: Tensor | None, name: str, writable: bool = F
     return t.data_ptr()
 
 
+def _bias(module: ModuleType, bias: Tensor | None) -> tuple[int, ...]:
+    if bias is None:
+        return (0,) * 6
+    bias = bias[(None,) * (4 - bias.dim())]
+    strides = (0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+    return (_address(module, bias, "bias"), *strides, ALL_DTYPES[bias.dtype])
+
+
 def _problem(module: ModuleType, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> dict:
     """The fields of ForwardProblem but out and lse."""
     varlen_q, table = q.dim() == 3, o.get("block_table")
@@ -109,6 +118,8 @@ def _problem(module: ModuleType, q: Tensor, k: Tensor, v: Tensor, o: dict[str, A
         "dropout_threshold": reference.dropout_threshold(dropout_p),
         "table_stride": 0 if table is None else table.stride(0),
         "page_size": 0 if table is None else k.shape[1],
+        "num_splits": o.get("num_splits", 0),
+        "bias": _bias(module, o.get("bias")),
         "alibi_slopes": _address(module, slopes, "alibi_slopes"),
         "sinks": _address(module, o.get("sinks"), "sinks"),
         "block_table": _address(module, table, "block_table"),
@@ -136,6 +147,29 @@ def _finish(module: ModuleType, result: Result) -> Result:
 def _lse_like(q: Tensor) -> Tensor:
     shape = (q.shape[1], q.shape[0]) if q.dim() == 3 else (q.shape[0], q.shape[2], q.shape[1])
     return torch.full(shape, float("nan"))
+
+
+def reason_against(
+    algorithm: str, q: Tensor, k: Tensor, v: Tensor, capability: int = 80, **options: Any
+) -> str | None:
+    """Why an engine does not take a call, in its own words; None when it does."""
+    module = engines()
+    module.reset()
+    problem = _problem(module, q, k, v, options) | {"out": (0,) * 4, "lse": (0,) * 4}
+    which = getattr(module.Algorithm, algorithm)
+    reason: str | None = module.supports_forward(which, problem, capability)
+    module.reset()
+    return reason
+
+
+def first_that_takes(
+    algorithms: tuple[str, ...], q: Tensor, k: Tensor, v: Tensor, **options: Any
+) -> str:
+    """The first engine that takes a call; all reasons when none does."""
+    reasons = {a: reason_against(a, q, k, v, **options) for a in algorithms}
+    takes = [algorithm for algorithm, reason in reasons.items() if reason is None]
+    assert takes, reasons
+    return takes[0]
 
 
 def forward(
