@@ -38,22 +38,27 @@ def compile_file(source: Path, flags: Sequence[str]) -> Path:
     return build.build_object(source, [*build.CXX_FLAGS, "-fvisibility=hidden", *flags])
 
 
-def engine_objects(flags: Sequence[str]) -> dict[str, Path]:
+def engine_objects(flags: Sequence[str], amx_flags: Sequence[str] = ()) -> dict[str, Path]:
+    """An object for each instruction set, and the others; amx_flags are for those of AMX alone."""
     objects = {
-        isa: compile_file(ENGINE / f"attention_{isa}.cpp", [*flags, *isa_flags])
+        isa: compile_file(
+            ENGINE / f"attention_{isa}.cpp",
+            [*flags, *isa_flags, *(amx_flags if isa == "amx" else ())],
+        )
         for isa, isa_flags in ISA_FLAGS.items()
     }
     objects |= {
-        name: compile_file(ENGINE / f"{name}.cpp", flags)
-        for name in ("engine", "parallel", "amx_support")
+        name: compile_file(ENGINE / f"{name}.cpp", flags) for name in ("engine", "parallel")
     }
+    objects["amx_support"] = compile_file(ENGINE / "amx_support.cpp", [*flags, *amx_flags])
     return objects
 
 
-def program(name: str, flags: Sequence[str]) -> Path:
+def program(name: str, flags: Sequence[str], amx_flags: Sequence[str] = ()) -> Path:
     # The reference needs no sanitizer, and would be slow with it.
     main = compile_file(build.ROOT / "tests/native/cpu_engine.cpp", ["-O2"])
-    return build.link_program(name, [main, *engine_objects(flags).values()], [*flags, "-pthread"])
+    objects = engine_objects(flags, amx_flags).values()
+    return build.link_program(name, [main, *objects], [*flags, "-pthread"])
 
 
 def run(path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -76,6 +81,18 @@ def test_every_case(isa: str) -> None:
     ran = re.search(rf"^{isa} \| (\d+) cases, 0 failures$", done.stdout, re.MULTILINE)
     # Far fewer would mean that the case table no longer runs.
     assert ran and int(ran[1]) >= 150, done.stdout
+
+
+@pytest.mark.skipif("amx" not in ISA_FLAGS, reason="x86-64 instructions")
+def test_amx_with_its_tile_instructions_in_software() -> None:
+    """The AMX kernels where there is no AMX: all but the four instructions themselves."""
+    if "avx512_bf16" not in available_isas():
+        pytest.skip("this processor has no AVX-512 BF16, which the AMX kernels use beside tiles")
+    tiles = build.ROOT / "tests/native/amx_tiles.h"
+    path = program("cpu_engine_amx_tiles", ["-O3"], [f'-DFAL_AMX_TILES="{tiles}"'])
+    done = run(path, "amx")
+    ran = re.search(r"^amx \| (\d+) cases, 0 failures$", done.stdout, re.MULTILINE)
+    assert done.returncode == 0 and ran and int(ran[1]) >= 150, done.stdout + done.stderr
 
 
 def test_every_case_under_sanitizers() -> None:

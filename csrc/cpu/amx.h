@@ -30,6 +30,10 @@ constexpr int kTileDepth = 32;    // bf16 elements of A's rows: the products' st
 constexpr int kBlock = 32;        // rows and columns of a block of C
 static_assert(kBlock == kPanel, "a block's columns are one panel of query rows");
 
+#ifdef FAL_AMX_TILES  // tests: the instructions in C++, for processors without them
+#include FAL_AMX_TILES
+#else
+
 // The compiler does not know what tile instructions read and write: "memory" orders them with the
 // vector code that fills and reads the same buffers.
 template <int kTile>
@@ -69,6 +73,8 @@ class TileSession {
   TileSession(const TileSession&) = delete;
   TileSession& operator=(const TileSession&) = delete;
 };
+
+#endif  // FAL_AMX_TILES
 
 FAL_INLINE void clear_block() {
   tile_zero<0>();

@@ -14,7 +14,9 @@ namespace fal::cpu {
 
 #if defined(__x86_64__)
 bool request_amx() {
-#if defined(__linux__)
+#if defined(FAL_AMX_TILES)  // amx.h
+  return __builtin_cpu_supports("avx512bf16");
+#elif defined(__linux__)
   // cpuid leaf 7: AMX-BF16 is edx bit 22, AMX-TILE bit 24.
   constexpr unsigned kTileBits = 1u << 22 | 1u << 24;
   unsigned eax, ebx, ecx, edx;
