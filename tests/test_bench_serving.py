@@ -297,3 +297,9 @@ def test_prefix_gives_the_same_tokens(capsys: pytest.CaptureFixture[str]) -> Non
     words = ["prefix", "--requests", "3", "--prompt", "100", "--output", "3", "--rounds", "1"]
     assert main(["bench", "serving", *words]) == 0
     assert "100.0% of the tokens are the same" in capsys.readouterr().out
+
+
+def test_int8_weights_can_be_loaded_too(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--quantize", "int8", "--requests", "3", "--rate", "100", "--prompt", "8"]
+    assert main(["bench", "serving", *words, "--output", "3"]) == 0
+    assert "3 of 3 requests answered" in capsys.readouterr().out
