@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import flashattn_lite
 from flashattn_lite import ArgumentError, attention, flash_attn_func, flash_attn_varlen_func
@@ -290,3 +291,14 @@ def test_an_unknown_isa_in_the_environment_is_one_sentence() -> None:
     assert result.returncode == 1
     assert "ImportError: flashattn_lite: FAL_CPU_ISA is 'avx1024'; this build on this" in last
     assert last.endswith("baseline")
+
+
+def test_a_bias_on_cuda_is_refused_where_a_gradient_is_wanted() -> None:
+    """Before the forward pass, which CUDA has."""
+    with FakeTensorMode():
+        q = torch.empty(1, 3, 2, 8, device="cuda", requires_grad=True)
+        bias = torch.empty(1, 2, 3, 3, device="cuda")
+    refuse = sys.modules["flashattn_lite.attention"]._refuse_gradients
+    with pytest.raises(ArgumentError, match=r"^attention: bias is given and a gradient is wanted"):
+        refuse("attention", q, q, bias)
+    refuse("attention", q, q, None)

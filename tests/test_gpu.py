@@ -61,6 +61,18 @@ def test_case_table(case: Case, algorithm: str) -> None:
         check_case(runner(algorithm), case, device="cuda")
 
 
+@pytest.mark.parametrize("backend", ["auto", "flash2", "decode"])
+def test_every_engines_reason_is_listed(backend: str) -> None:
+    """Latent attention: 576 dims over one head, on a GPU."""
+    q, k = (torch.zeros(1, n, h, 576, dtype=torch.half, device="cuda") for n, h in ((1, 8), (9, 1)))
+    with pytest.raises(ArgumentError, match="run this call") as raised:
+        attention(q, k, k[..., :512], backend=backend)
+    lines = str(raised.value).splitlines()[1:]
+    reason = "the head dim is above 256: latent attention decodes on the CPU engine alone"
+    expected = [f"  {name}: {reason}" for name in ("decode", "flash2", "flash1")]
+    assert lines == ["  cpu: q is a CUDA tensor", *expected]
+
+
 def few_queries(case: Case) -> Case:
     return replace(case, seqlens=tuple((min(5, q), k) for q, k in case.seqlens))
 
