@@ -336,8 +336,13 @@ def flash_attn_with_kvcache(
                 name=_NAME,
             )
         # No query row: every argument is checked, and nothing is computed. What would be
-        # refused below must be refused before the cache is written.
-        attend(q, lengths + k.shape[1], torch.zeros_like(lengths))
+        # refused below must be refused before the cache is written. On CUDA, where no content is
+        # looked at and the engines' limits are the same, q may be empty: that launches nothing.
+        total = lengths + k.shape[1]
+        if q.is_cuda and q.dim() == 4 and tree_mask is None:
+            attend(q[:, :0], total, None)
+        else:
+            attend(q, total, torch.zeros_like(lengths))
         append_kv_cache(
             *(k, v, k_cache, v_cache, lengths),
             block_table=block_table,
@@ -348,7 +353,7 @@ def flash_attn_with_kvcache(
             rotary_interleaved=rotary_interleaved,
             name=_NAME,
         )
-        lengths = lengths + k.shape[1]
+        lengths = total
     if lengths is None and block_table is not None:
         lengths = torch.full((q.shape[0],), capacity, dtype=torch.int32, device=q.device)
     result = attend(q, lengths, None)

@@ -18,8 +18,8 @@ AXES: dict[str, tuple[Any, ...]] = {
     "storage": ("same", "int8", "fp8"),
     "dtype": (torch.bfloat16, torch.float16),
     "append": ("none", "plain", "interleaved", "half"),
-    "seqlen_q": (1, 2, 5, 16),
-    "heads": ((4, 1), (3, 3), (6, 2), (20, 1)),
+    "seqlen_q": (1, 2, 5, 16, 33),  # more than 16 are FlashAttention-2's, unless quantised
+    "heads": ((4, 1), (3, 3), (6, 2), (17, 1)),
     "head_dims": ((64, 64), (128, 128), (37, 37), (24, 40), (256, 256), (192, 128), (8, 1)),
     "band": (
         (False, (-1, -1)),
