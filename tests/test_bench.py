@@ -372,6 +372,9 @@ def test_comparison_names_what_left_both_spreads() -> None:
     assert found == {10: "slower", 20: "", 30: "faster"}
     (only,) = compare.unmatched(before, after)
     assert only.startswith("only in the first") and "length 40" in only
+    both = [results_of(row_of(replace(SMALL, threads=n), 1.0)) for n in (1, 2)]
+    first, second = compare.unmatched(*both)
+    assert "threads" not in first and second.endswith("fp32, 2 threads")
 
 
 # ---- report --------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
         dest="size",
         action="store_const",
         const="quick",
-        help="a few shapes of every suite, under a minute on two cores",
+        help="a few shapes of every suite, about two minutes on two cores",
     )
     size.add_argument(
         "--full", dest="size", action="store_const", const="full", help="every shape: hours"

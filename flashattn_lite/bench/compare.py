@@ -55,8 +55,12 @@ def unmatched(before: Results, after: Results) -> list[str]:
     """Rows that only one of the two measured, in words."""
     a = {row.case for row in before.rows if row.figure() is not None}
     b = {row.case for row in after.rows if row.figure() is not None}
-    lines = [f"only in the first: {c.suite}: {c.label()}, {c.dtype}" for c in a - b]
-    return sorted(lines + [f"only in the second: {c.suite}: {c.label()}, {c.dtype}" for c in b - a])
+    lines = []
+    for where, cases in (("first", a - b), ("second", b - a)):
+        for c in cases:
+            threads = f", {c.threads} threads" if c.threads > 1 else ""
+            lines.append(f"only in the {where}: {c.suite}: {c.label()}, {c.dtype}{threads}")
+    return sorted(lines)
 
 
 def table(found: Sequence[Change]) -> tuple[list[str], list[list[str]]]:

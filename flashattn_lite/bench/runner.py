@@ -76,6 +76,8 @@ def cost(case: Case, settings: Settings) -> float:
     """Estimated seconds of a row, for the progress bar."""
     if case.suite == "memory":
         return 6.0 + case.flops() / 2e10
+    if case.suite == "overhead":
+        return 1.2 + OVERHEAD.budget_s
     slow = 8.0 if case.backward and case.dtype != "fp32" else 2.5
     rate = 5e10 * case.threads if case.device == "cpu" else 1e14
     once = slow * case.flops() / rate
