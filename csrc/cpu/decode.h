@@ -110,7 +110,7 @@ struct DecodeScratch {
 
   FAL_INLINE static DecodeScratch place(ScratchCursor* cursor, const DecodePlan& plan) {
     DecodeScratch s;
-    s.q = cursor->take<float>(plan.columns * round_up(plan.problem.shape.head_dim, kLanes));
+    s.q = cursor->take<float>(plan.columns * round_up(plan.problem.shape.head_dim, 2 * kLanes));
     s.scores = cursor->take<float>(kDecodeKeys * max_int(kDecodeColumns, kLanes));
     s.state = cursor->take<float>(plan.partial_size());
     s.alpha = cursor->take<float>(max_int(kDecodeColumns, kLanes));
@@ -238,6 +238,9 @@ static FAL_NOINLINE void decode_part(const DecodeItem& item, const DecodeScratch
       if (!full) decode_mask(item, s, pass, begin, n, s.scores);
       decode_softmax<E>(tile, columns, __builtin_ctz(M), s.scores, state.max + lanes,
                         state.sum + lanes, s.alpha);
+      if (pass == 0 && begin + n < keys.end) {
+        prefetch_first_rows<E>(runs, item.heads, begin + n, shape.head_dim);
+      }
       if (full) {
         decode_values<E, M>(tile, item.heads, n, s.scores, s.alpha, shape.head_dim_v, out,
                             plan.out_ld);

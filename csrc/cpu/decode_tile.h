@@ -39,10 +39,36 @@ struct DecodeProduct {
   using Row = Float;
   static constexpr int kStep = kLanes;
   static constexpr bool kScaledQ = true;  // the scale is in Q
+  static constexpr float kUnit = 1.f;     // of the elements as loaded: the factors make up for it
 
   FAL_INLINE static Row row(const E* k) { return load(k); }
   FAL_INLINE static Row row_first(const E* k, int n) { return load_first(k, n); }
   FAL_INLINE static Float add(Row x, const Query* q, Float c) { return fma(x, load(q), c); }
+};
+// Two vectors at a time.
+template <>
+struct DecodeProduct<Float8E4M3> {
+  using Query = float;
+  struct Row {
+    Float low, high;
+  };
+  static constexpr int kStep = 2 * kLanes;
+  static constexpr bool kScaledQ = true;
+  static constexpr float kUnit = kFloat8Unit;
+
+  FAL_INLINE static Row row(const Float8E4M3* k) {
+    Row x;
+    load_units(k, &x.low, &x.high);
+    return x;
+  }
+  FAL_INLINE static Row row_first(const Float8E4M3* k, int n) {
+    Float8E4M3 lanes[kStep] = {};
+    for (int i = 0; i < n; ++i) lanes[i] = k[i];
+    return row(lanes);
+  }
+  FAL_INLINE static Float add(Row x, const Query* q, Float c) {
+    return fma(x.high, load(q + kLanes), fma(x.low, load(q), c));
+  }
 };
 #if defined(__AVX512BF16__)
 // Pairs of bf16 as they are: twice the arithmetic and no conversion. The scale would round Q.
@@ -52,6 +78,7 @@ struct DecodeProduct<BFloat16> {
   using Row = __m512i;
   static constexpr int kStep = 2 * kLanes;
   static constexpr bool kScaledQ = false;
+  static constexpr float kUnit = 1.f;
 
   FAL_INLINE static Row row(const BFloat16* k) { return _mm512_loadu_si512(k); }
   FAL_INLINE static Row row_first(const BFloat16* k, int n) {
@@ -63,11 +90,32 @@ struct DecodeProduct<BFloat16> {
 };
 #endif
 
+// kWidth vectors of a row of V from dim d on, in the units of its stored type. Only a single vector
+// may be the last, narrower one.
+template <class E, int kWidth>
+FAL_INLINE void load_values(const E* row, int d, int dims, Float (&x)[kWidth]) {
+#pragma GCC unroll 16
+  for (int w = 0; w < kWidth; ++w) {
+    x[w] = kWidth == 1 ? load_dims(row, d, dims) : load(row + d + w * kLanes);
+  }
+}
+template <int kWidth>
+FAL_INLINE void load_values(const Float8E4M3* row, int d, int dims, Float (&x)[kWidth]) {
+  if constexpr (kWidth == 1) {
+    x[0] = load_dims(row, d, dims) * (1.f / kFloat8Unit);
+  } else {
+    static_assert(kWidth % 2 == 0, "vectors come in pairs");
+#pragma GCC unroll 16
+    for (int w = 0; w < kWidth; w += 2) load_units(row + d + w * kLanes, &x[w], &x[w + 1]);
+  }
+}
+
 // A tile's keys, wherever they are: rows of the first head. Entries past the last key repeat it.
 template <class E>
 struct DecodeKeys {
   static constexpr bool kQuantised = sizeof(E) == 1;
   static constexpr int kScales = kQuantised ? kDecodeKeys * kDecodeColumns + kLanes : 1;
+  static constexpr float kUnit = DecodeProduct<E>::kUnit;
 
   const E *k[kDecodeKeys + kLanes], *v[kDecodeKeys + kLanes];
   float k_scale[kScales], v_scale[kScales];  // [key][head]
@@ -85,8 +133,8 @@ struct DecodeKeys {
         const RowStats &ks = runs.kv.k_scale, &vs = runs.kv.v_scale;
         for (int i = 0; i < count; ++i) {
           for (int h = 0; h < heads.count; ++h) {
-            k_scale[(r + i) * heads.count + h] = run.k_scale[i * ks.row + h * ks.head];
-            v_scale[(r + i) * heads.count + h] = run.v_scale[i * vs.row + h * vs.head];
+            k_scale[(r + i) * heads.count + h] = run.k_scale[i * ks.row + h * ks.head] * kUnit;
+            v_scale[(r + i) * heads.count + h] = run.v_scale[i * vs.row + h * vs.head] * kUnit;
           }
         }
       }
@@ -114,6 +162,28 @@ FAL_INLINE void prefetch_row(const E* row, int dims) {
   }
 }
 
+// How many rows of K are asked for ahead of those in use. The processor's prefetchers start anew in
+// every 4 KB and lag behind rows of 16 bits and less; with fp32 they keep up, and this only costs.
+template <class E>
+FAL_INLINE int rows_ahead(int dims) {
+  constexpr int kBytes = 4096;
+  return sizeof(E) > 2 ? 0 : kBytes / (dims * static_cast<int>(sizeof(E)));
+}
+
+// The first of those of the tile that begins with key `begin`.
+template <class E>
+FAL_INLINE void prefetch_first_rows(const KvRuns& runs, const DecodeHeads& heads, int begin,
+                                    int dims) {
+  const int ahead = rows_ahead<E>(dims);
+  if (ahead == 0) return;
+  const KvRun run = runs.at(begin);
+  const int rows = min_int(ahead, min_int(run.rows, kDecodeKeys) << heads.shift());
+  for (int i = 0; i < rows; ++i) {
+    const auto* key = reinterpret_cast<const E*>(run.k + (i >> heads.shift()) * runs.k_stride());
+    prefetch_row(key + (i & (heads.count - 1)) * heads.k_stride, dims);
+  }
+}
+
 template <int kBlock>
 FAL_INLINE void add_lanes_step(Float (&c)[kLanes]) {
 #pragma GCC unroll 16
@@ -133,7 +203,7 @@ FAL_INLINE Float add_lanes(Float (&c)[kLanes]) {
 }
 
 // scores[key][columns] = scale * rows of K times the query rows at q, `ld` apart; -inf past key n.
-// With kPrefetch, the tile's rows of V are on their way when this returns.
+// With kPrefetch, the tile's rows of V are on their way when this returns, and rows of K ahead.
 template <class E, int M, bool kPrefetch>
 FAL_INLINE void decode_scores(const DecodeKeys<E>& keys, const DecodeHeads& heads, int n,
                               const typename DecodeProduct<E>::Query* q, int ld, int dims,
@@ -141,7 +211,7 @@ FAL_INLINE void decode_scores(const DecodeKeys<E>& keys, const DecodeHeads& head
   using Product = DecodeProduct<E>;
   constexpr int kRowsAtOnce = kLanes / M, kStep = Product::kStep;
   const int whole = round_down(dims, kStep), shift = heads.shift(), mask = heads.count - 1;
-  const int rows = n << shift, columns = heads.count * M;
+  const int rows = n << shift, columns = heads.count * M, ahead = rows_ahead<E>(dims);
   for (int r = 0; r < rows; r += kRowsAtOnce) {
     Float c[kLanes];
 #pragma GCC unroll 16
@@ -149,7 +219,12 @@ FAL_INLINE void decode_scores(const DecodeKeys<E>& keys, const DecodeHeads& head
       const int key = (r + j) >> shift, head = (r + j) & mask;
       const E* k = keys.k[key] + head * heads.k_stride;
       const auto* q_head = q + head * (M * ld);
-      if constexpr (kPrefetch) prefetch_row(keys.v[key] + head * heads.v_stride, dims_v);
+      if constexpr (kPrefetch) {
+        prefetch_row(keys.v[key] + head * heads.v_stride, dims_v);
+        if (const int next = r + j + ahead; ahead > 0 && next < rows) {
+          prefetch_row(keys.k[next >> shift] + (next & mask) * heads.k_stride, dims);
+        }
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < M; ++i) c[j * M + i] = set1(0.f);
 #pragma GCC unroll 1
@@ -236,13 +311,8 @@ FAL_INLINE void decode_columns(const E* const* v, int64_t offset, int n, const f
   }
 #pragma GCC unroll 1
   for (int r = 0; r < n; ++r) {
-    const E* row = v[r] + offset;
     Float x[kWidth];
-    // Only a single vector may be the last, narrower one.
-#pragma GCC unroll 16
-    for (int w = 0; w < kWidth; ++w) {
-      x[w] = kWidth == 1 ? load_dims(row, d, dims) : load(row + d + w * kLanes);
-    }
+    load_values(v[r] + offset, d, dims, x);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const Float weight = set1(p[r * p_ld + i]);
@@ -295,7 +365,9 @@ FAL_INLINE void decode_values_exactly(const DecodeKeys<E>& keys, const DecodeHea
       Float sum = load(at) * set1(alpha[c]);
       for (int j = seen.begin; j < seen.end; ++j) {
         const int r = j - tile.begin;
-        sum = fma(set1(p[r * columns + c]), load_dims(keys.v[r] + offset, d, dims), sum);
+        Float x[1];
+        load_values(keys.v[r] + offset, d, dims, x);
+        sum = fma(set1(p[r * columns + c]), x[0], sum);
       }
       store(at, sum);
     }

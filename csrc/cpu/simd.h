@@ -58,7 +58,6 @@ typedef int32_t Int __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t UInt __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t UShort __attribute__((vector_size(2 * kLanes)));
 typedef int8_t SByte __attribute__((vector_size(kLanes)));
-typedef uint8_t UByte __attribute__((vector_size(kLanes)));
 
 FAL_INLINE Float load(const float* p) {
   Float x;
@@ -245,21 +244,53 @@ FAL_INLINE Float load(const Int8* p) {
 #endif
 }
 
-// Through half, whose exponent is wider by one bit and biased by 8 more; the sum turns the only
-// NaN's exponent into half's, all ones.
+// e4m3 as half, in units of 2^8: from sign-extended words the exponent, biased by 8 less, moves to
+// its place, and the only NaN's becomes half's, all ones.
+constexpr float kFloat8Unit = 256.f;
+typedef uint16_t WideUShort __attribute__((vector_size(4 * kLanes)));
+template <class Words>
+FAL_INLINE Words half_of_float8(Words sign_extended) {
+  const Words bits = (sign_extended << 7) & 0xbfff;
+  return bits | ((bits + 0x80) & 0x4000);
+}
+
+// Two vectors in units of kFloat8Unit.
+FAL_INLINE void load_units(const Float8E4M3* p, Float* low, Float* high) {
+#if defined(__AVX512F__)
+  const __m512i h = (__m512i)half_of_float8(
+      (WideUShort)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)));
+  *low = from_half((UShort)_mm512_castsi512_si256(h));
+  *high = from_half((UShort)_mm512_extracti64x4_epi64(h, 1));
+#elif defined(__AVX2__)
+  const __m256i h =
+      (__m256i)half_of_float8((WideUShort)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)));
+  *low = from_half((UShort)_mm256_castsi256_si128(h));
+  *high = from_half((UShort)_mm256_extracti128_si256(h, 1));
+#else
+  typedef int8_t WideSByte __attribute__((vector_size(2 * kLanes)));
+  typedef int16_t WideShort __attribute__((vector_size(4 * kLanes)));
+  WideSByte x;
+  memcpy(&x, p, sizeof x);
+  const WideUShort h = half_of_float8((WideUShort) __builtin_convertvector(x, WideShort));
+  UShort halves[2];
+  memcpy(halves, &h, sizeof h);
+  *low = from_half(halves[0]);
+  *high = from_half(halves[1]);
+#endif
+}
+
 FAL_INLINE Float load(const Float8E4M3* p) {
 #if defined(__AVX512F__)
-  const UShort h = (UShort)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+  const UShort x = (UShort)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
 #elif defined(__AVX2__)
-  const UShort h = (UShort)_mm_cvtepu8_epi16(_mm_loadu_si64(p));
+  const UShort x = (UShort)_mm_cvtepi8_epi16(_mm_loadu_si64(p));
 #else
-  UByte x;
-  memcpy(&x, p, sizeof x);
-  const UShort h = __builtin_convertvector(x, UShort);
+  typedef int16_t Short __attribute__((vector_size(2 * kLanes)));
+  SByte bytes;
+  memcpy(&bytes, p, sizeof bytes);
+  const UShort x = (UShort) __builtin_convertvector(bytes, Short);
 #endif
-  const UShort magnitude = h & 0x7f;
-  const UShort bits = (magnitude << 7) + (((magnitude + 1) & 0x80) << 7);
-  return from_half(bits | ((h & 0x80) << 8)) * 256.f;
+  return from_half(half_of_float8(x)) * kFloat8Unit;
 }
 
 // The first n < kLanes elements, zeros after them; nothing beyond is touched.
