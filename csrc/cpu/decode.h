@@ -30,7 +30,8 @@ constexpr int kDecodeFewParts = 8;  // the same for more than kDecodeRows rows: 
 // By the tokens in use, so that padding a sequence does not change its bits.
 FAL_INLINE bool decodes(const ForwardProblem& p, int64_t seqlen_q) {
   const Shape& s = p.shape;
-  if (p.score.dropout_threshold || p.block_mask.given() || s.heads_k == 0) return false;
+  if (p.score.dropout_threshold || s.heads_k == 0) return false;
+  if (p.block_mask.given() && p.block_mask.heads > 1) return false;  // heads share their tiles
   if (seqlen_q < 1 || seqlen_q > kDecodeTokens) return false;
   const bool wide = s.head_dim > kMaxHeadDim || s.head_dim_v > kMaxHeadDim;
   return wide || seqlen_q * (s.heads_q / s.heads_k) <= kDecodeRows;
@@ -106,7 +107,7 @@ struct DecodeState {
 
 struct DecodeScratch {
   float *q, *scores, *state, *alpha, *slope;
-  int32_t *begin, *end, *position;
+  int32_t *visible, *position;
 
   FAL_INLINE static DecodeScratch place(ScratchCursor* cursor, const DecodePlan& plan) {
     DecodeScratch s;
@@ -115,8 +116,7 @@ struct DecodeScratch {
     s.state = cursor->take<float>(plan.partial_size());
     s.alpha = cursor->take<float>(max_int(kDecodeColumns, kLanes));
     s.slope = cursor->take<float>(plan.lanes);
-    s.begin = cursor->take<int32_t>(plan.lanes);
-    s.end = cursor->take<int32_t>(plan.lanes);
+    s.visible = cursor->take<int32_t>(plan.lanes);
     s.position = cursor->take<int32_t>(plan.lanes);
     return s;
   }
@@ -127,12 +127,19 @@ struct DecodeItem {
   const DecodePlan& plan;
   const Sequence& seq;
   const Band& band;
+  const HeadMask* mask;  // null without a block mask
   int b, rows, m, passes;
   DecodeHeads heads;
 
   FAL_INLINE int columns() const { return heads.count * m; }
   FAL_INLINE int column_ld() const { return max_int(columns(), kLanes); }  // of a pass
   FAL_INLINE int column_shift() const { return __builtin_ctz(columns()); }
+
+  FAL_INLINE Range tokens() const { return {0, band.seqlen_q}; }
+  // The first key in [key, end) of a block that some row sees; at least `end` if there is none.
+  FAL_INLINE int next_key(int key, int end) const {
+    return mask && key < end ? mask->next_key(band, tokens(), key) : key;
+  }
 
   // Row r of the item's head h is query token r / group of query head
   // (heads.first + h) * group + r % group: column h * m + r % m of pass r / m.
@@ -142,18 +149,38 @@ struct DecodeItem {
   }
 };
 
-// What each column sees and how its scores are modified, repeated up to whole vectors.
+// What modifies each column's scores, repeated up to whole vectors.
 static FAL_NOINLINE void fill_columns(const DecodeItem& item, const DecodeScratch& s) {
   const int columns = item.columns();
   for (int at = 0; at < item.passes * item.column_ld(); ++at) {
     const int c = at % item.column_ld() % columns, h = c / item.m;
     const int r = at / item.column_ld() * item.m + c % item.m;
     const bool real = r < item.rows;
-    const Range seen = real ? item.band.keys_of(item.token(r)) : Range{0, 0};
-    s.begin[at] = seen.begin;
-    s.end[at] = seen.end;
     s.position[at] = real ? item.token(r) + item.band.shift() : 0;
     s.slope[at] = real ? item.plan.problem.score.alibi_slope(item.b, item.head_q(h, r)) : 0.f;
+  }
+}
+
+// What each column sees of a tile: bit t is key tile.begin + t. Repeated up to whole vectors.
+static FAL_NOINLINE void fill_visible(const DecodeItem& item, const DecodeScratch& s, Range tile) {
+  const int columns = item.columns();
+  int token = -1;
+  uint32_t word = 0;
+  for (int r = 0; r < item.passes * item.m; ++r) {
+    if (r >= item.rows) {
+      word = 0;
+    } else if (item.token(r) != token) {
+      token = item.token(r);
+      const Range seen = intersect(item.band.keys_of(token), tile);
+      word = low_bits(seen.end - tile.begin) & ~low_bits(seen.begin - tile.begin);
+      if (item.mask) word &= item.mask->visible_word(token, tile.begin);
+    }
+    int32_t* pass = s.visible + r / item.m * item.column_ld() + r % item.m;
+    for (int at = 0; at < columns; at += item.m) pass[at] = static_cast<int32_t>(word);
+  }
+  for (int pass = 0; pass < item.passes; ++pass) {
+    int32_t* visible = s.visible + pass * item.column_ld();
+    for (int at = columns; at < item.column_ld(); ++at) visible[at] = visible[at - columns];
   }
 }
 
@@ -187,14 +214,13 @@ static FAL_NOINLINE void decode_modify(const DecodeItem& item, const DecodeScrat
   }
 }
 
-FAL_INLINE void decode_mask(const DecodeItem& item, const DecodeScratch& s, int pass, int begin,
-                            int n, float* scores) {
+FAL_INLINE void decode_mask(const DecodeItem& item, const DecodeScratch& s, int pass, int n,
+                            float* scores) {
   const int columns = item.columns(), shift = item.column_shift();
   for (int at = 0; at < n * columns; at += kLanes) {
     const int lanes = pass * item.column_ld() + (at & (item.column_ld() - 1));
-    const Int key = (iota() >> shift) + (begin + (at >> shift));
-    const Mask visible = less_equal(load(s.begin + lanes), key) & less(key, load(s.end + lanes));
-    store(scores + at, select(visible, load(scores + at), set1(-FAL_INFINITY)));
+    const Int visible = (load(s.visible + lanes) >> ((iota() >> shift) + (at >> shift))) & 1;
+    store(scores + at, select(less(set1(0), visible), load(scores + at), set1(-FAL_INFINITY)));
   }
 }
 
@@ -214,14 +240,20 @@ static FAL_NOINLINE void decode_part(const DecodeItem& item, const DecodeScratch
     store(state.sum + at, set1(0.f));
   }
   memset(state.out, 0, sizeof(float) * item.passes * columns * plan.out_ld);
-  const Range all = item.band.keys_of_all({0, item.band.seqlen_q});
-  if (plan.general || keys.begin < all.begin || all.end < keys.end) fill_columns(item, s);
+  const Range all = item.band.keys_of_all(item.tokens());
+  if (plan.general) fill_columns(item, s);
 
   DecodeKeys<E> tile;
-  for (int begin = keys.begin; begin < keys.end; begin += kDecodeKeys) {
-    const int n = min_int(kDecodeKeys, keys.end - begin);
-    const bool full = all.begin <= begin && begin + n <= all.end;
+  for (int begin = item.next_key(keys.begin, keys.end), next; begin < keys.end; begin = next) {
+    int n = min_int(kDecodeKeys, keys.end - begin);
+    // Of one block, so that no row of a block that nobody sees is touched.
+    if (item.mask) n = min_int(n, item.mask->block_k - begin % item.mask->block_k);
+    next = item.next_key(begin + n, keys.end);
+    const Range tile_keys{begin, begin + n};
+    const bool full = all.begin <= begin && begin + n <= all.end &&
+                      (!item.mask || item.mask->all_full(item.tokens(), tile_keys));
     tile.fetch(runs, item.heads, begin, n);
+    if (!full) fill_visible(item, s, tile_keys);
     for (int pass = 0; pass < item.passes; ++pass) {
       const int lanes = pass * column_ld;
       const auto* q = reinterpret_cast<const typename Product::Query*>(s.q) +
@@ -235,19 +267,18 @@ static FAL_NOINLINE void decode_part(const DecodeItem& item, const DecodeScratch
                                    s.scores);
       }
       if (plan.general) decode_modify(item, s, pass, begin, n, s.scores);
-      if (!full) decode_mask(item, s, pass, begin, n, s.scores);
+      if (!full) decode_mask(item, s, pass, n, s.scores);
       decode_softmax<E>(tile, columns, __builtin_ctz(M), s.scores, state.max + lanes,
                         state.sum + lanes, s.alpha);
-      if (pass == 0 && begin + n < keys.end) {
-        prefetch_first_rows<E>(runs, item.heads, begin + n, shape.head_dim);
+      if (pass == 0 && next < keys.end) {
+        prefetch_first_rows<E>(runs, item.heads, next, shape.head_dim);
       }
       if (full) {
         decode_values<E, M>(tile, item.heads, n, s.scores, s.alpha, shape.head_dim_v, out,
                             plan.out_ld);
       } else {
-        decode_values_exactly<E, M>(tile, item.heads, {begin, begin + n}, s.begin + lanes,
-                                    s.end + lanes, s.scores, s.alpha, shape.head_dim_v, out,
-                                    plan.out_ld);
+        decode_values_exactly<E, M>(tile, item.heads, s.visible + lanes, s.scores, s.alpha,
+                                    shape.head_dim_v, out, plan.out_ld);
       }
     }
   }
@@ -349,9 +380,17 @@ static void decode_item(const void* arg, int64_t index, char* memory) {
   const int part = static_cast<int>(within / cut.items), i = static_cast<int>(within % cut.items);
   const Range heads = cut.heads(p.shape.heads_k, i);
   const Band band = Band::make(seq.seqlen_q, seq.seqlen_k, p.window);
-  const DecodeItem item{
-      plan,     seq,   band,       b,
-      cut.rows, cut.m, cut.passes, {heads.begin, heads.size(), p.kv.k.head, p.kv.v.head}};
+  HeadMask mask{};
+  if (p.block_mask.given()) mask = HeadMask::make(p.block_mask, b, 0, band);
+  const DecodeItem item{plan,
+                        seq,
+                        band,
+                        p.block_mask.given() ? &mask : nullptr,
+                        b,
+                        cut.rows,
+                        cut.m,
+                        cut.passes,
+                        {heads.begin, heads.size(), p.kv.k.head, p.kv.v.head}};
 
   ScratchCursor cursor{memory};
   const DecodeScratch s = DecodeScratch::place(&cursor, plan);
@@ -360,25 +399,32 @@ static void decode_item(const void* arg, int64_t index, char* memory) {
     return DecodeState::at(plan.partial + at * plan.partial_size(), plan);
   };
   const DecodeState state = cut.parts > 1 ? state_of(part) : DecodeState::at(s.state, plan);
-  load_queries<T, DecodeProduct<E>>(item, s.q);
-  const KvRuns runs = KvRuns::make(p.kv, seq, b, heads.begin);
-  const auto run = [&](auto m) {
-    decode_part<E, decltype(m)::value>(item, s, state, runs, cut.keys(part));
+  // Of the parts that a block mask hides, the first is empty and the others are passed over.
+  const auto sees = [&](int other) {
+    const Range keys = cut.keys(other);
+    return item.next_key(keys.begin, keys.end) < keys.end;
   };
-  if (cut.m == 1) {
-    run(std::integral_constant<int, 1>{});
-  } else if (cut.m == 2) {
-    run(std::integral_constant<int, 2>{});
-  } else if (cut.m == 4 || kDecodeGroup == 4) {
-    run(std::integral_constant<int, 4>{});
-  } else {
-    run(std::integral_constant<int, kDecodeGroup>{});
+  if (part == 0 || sees(part)) {
+    load_queries<T, DecodeProduct<E>>(item, s.q);
+    const KvRuns runs = KvRuns::make(p.kv, seq, b, heads.begin);
+    const auto run = [&](auto m) {
+      decode_part<E, decltype(m)::value>(item, s, state, runs, cut.keys(part));
+    };
+    if (cut.m == 1) {
+      run(std::integral_constant<int, 1>{});
+    } else if (cut.m == 2) {
+      run(std::integral_constant<int, 2>{});
+    } else if (cut.m == 4 || kDecodeGroup == 4) {
+      run(std::integral_constant<int, 4>{});
+    } else {
+      run(std::integral_constant<int, kDecodeGroup>{});
+    }
   }
   if (cut.parts > 1) {
     int32_t* left = plan.parts_left + static_cast<int64_t>(b) * p.shape.heads_k + i;
     if (__atomic_sub_fetch(left, 1, __ATOMIC_ACQ_REL) != 0) return;
     for (int other = 1; other < cut.parts; ++other) {
-      merge_part(item, state_of(0), state_of(other));
+      if (sees(other)) merge_part(item, state_of(0), state_of(other));
     }
   }
   finish_rows<T>(item, cut.parts > 1 ? state_of(0) : state);

@@ -349,22 +349,20 @@ FAL_INLINE void decode_values(const DecodeKeys<E>& keys, const DecodeHeads& head
   }
 }
 
-// The same when query rows see different keys: column c just those of [begin[c], end[c]), because
-// a masked element of V may be a NaN and 0 * NaN is NaN.
+// The same when query rows see different keys: column c just those of the bits of visible[c],
+// because a masked element of V may be a NaN and 0 * NaN is NaN.
 template <class E, int M>
 FAL_INLINE void decode_values_exactly(const DecodeKeys<E>& keys, const DecodeHeads& heads,
-                                      Range tile, const int32_t* begin, const int32_t* end,
-                                      const float* p, const float* alpha, int dims, float* out,
-                                      int ld) {
+                                      const int32_t* visible, const float* p, const float* alpha,
+                                      int dims, float* out, int ld) {
   const int columns = heads.count * M;
   for (int c = 0; c < columns; ++c) {
-    const Range seen = intersect({begin[c], end[c]}, tile);
     const int64_t offset = c / M * heads.v_stride;
     for (int d = 0; d < dims; d += kLanes) {
       float* at = out + static_cast<int64_t>(c) * ld + d;
       Float sum = load(at) * set1(alpha[c]);
-      for (int j = seen.begin; j < seen.end; ++j) {
-        const int r = j - tile.begin;
+      for (uint32_t bits = visible[c]; bits; bits &= bits - 1) {
+        const int r = __builtin_ctz(bits);
         Float x[1];
         load_values(keys.v[r] + offset, d, dims, x);
         sum = fma(set1(p[r * columns + c]), x[0], sum);
