@@ -56,10 +56,16 @@ class Cache:
 
     def where(self, b: int, row: int) -> tuple[int, int]:
         """Block and slot of a sequence's row."""
+        block, slot = self.places(b, row, row + 1)
+        return int(block), int(slot)
+
+    def places(self, b: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        """Blocks and slots of a sequence's rows [begin, end)."""
+        rows = torch.arange(begin, end)
         if self.table is None:
-            return b, row
+            return torch.full_like(rows, b), rows
         page_size = self.k.shape[1]
-        return int(self.table[b, row // page_size]), row % page_size
+        return self.table[b, rows // page_size].long(), rows % page_size
 
     def reference_options(self) -> dict[str, Any]:
         more = {n: o for n, o in self.options.items() if n.endswith("_scale")}
@@ -107,13 +113,14 @@ def make_cache(
     if storage in STORAGES:
         cache.options |= {"k_scale": scales[0], "v_scale": scales[1]}
     for b in range(batch):
-        for row in range(0 if leftpad is None else leftpad[b], k[b].shape[0]):
-            block, slot = cache.where(b, row)
-            for tensor, scale, x in zip(caches, scales, (k[b][row], v[b][row]), strict=True):
-                if storage in STORAGES:
-                    tensor[block, slot], scale[block, slot] = quantise(x, stored)
-                else:
-                    tensor[block, slot] = x
+        begin = 0 if leftpad is None else leftpad[b]
+        places = cache.places(b, begin, k[b].shape[0])
+        for tensor, scale, x in zip(caches, scales, (k[b][begin:], v[b][begin:]), strict=True):
+            if storage in STORAGES:
+                x, scale[places] = quantise(x, stored)
+            # By bytes: not every element type can be scattered.
+            flat = tensor.view(torch.uint8)
+            flat[places] = x.contiguous().view(torch.uint8)
     if layout == "batch_idx":
         assert table is not None
         cache.options["cache_batch_idx"] = table[:, 0].clone()
