@@ -125,15 +125,49 @@ def _lengths(cache_seqlens: Any, q: Tensor) -> Tensor | None:
 
 def _window(window_size: Any, capacity: int) -> tuple[int | None, int | None]:
     try:
-        left, right = (int(side) for side in window_size)
+        left, right = window_size
     except (TypeError, ValueError):
         raise TypeError(
             f"{_NAME}: window_size is {window_size!r}; it must be a pair (left, right) of ints"
         ) from None
+    left = _argument_types.index(_NAME, "window_size[0]", left)
+    right = _argument_types.index(_NAME, "window_size[1]", right)
     return (
         None if left < 0 or left >= capacity else left,
         None if right < 0 or right >= capacity else right,
     )
+
+
+def _check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
+    for argument, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dim() != 4:
+            raise ArgumentError(
+                f"{_NAME}: {argument} has shape {tuple(cache.shape)}; it must be 4-D"
+            )
+        if cache.stride(-1) != 1 and cache.shape[-1] > 1:
+            raise ArgumentError(f"{_NAME}: {argument} must have unit stride in its last dimension")
+
+
+def _check_batch_idx(cache_batch_idx: Tensor, lengths: Tensor | None, new_rows: int) -> None:
+    if cache_batch_idx.dtype is not torch.int32 or cache_batch_idx.dim() != 1:
+        raise ArgumentError(
+            f"{_NAME}: cache_batch_idx is {cache_batch_idx.dtype} of shape "
+            f"{tuple(cache_batch_idx.shape)}; it must be int32 (batch,)"
+        )
+    if new_rows == 0 or lengths is None or not cache_batch_idx.is_cpu or not lengths.is_cpu:
+        return
+    # Entries may share a sequence, but not the rows they write.
+    entries = cache_batch_idx.tolist()
+    if len(set(entries)) == len(entries) or lengths.shape != cache_batch_idx.shape:
+        return
+    ends: dict[int, int] = {}
+    for begin, entry in sorted(zip(lengths.tolist(), entries, strict=True)):
+        if begin < ends.get(entry, begin):
+            raise ArgumentError(
+                f"{_NAME}: cache_batch_idx names entry {entry} of k_cache twice, and both write "
+                f"row {begin}; each row can be written once"
+            )
+        ends[entry] = begin + new_rows
 
 
 def _in_callers_words(error: ArgumentError, appends: bool, batch_idx: bool) -> ArgumentError:
@@ -232,6 +266,17 @@ def flash_attn_with_kvcache(
 
     Source: the flash_attn package, version 2.8.
     """
+    _argument_types.dense(
+        _NAME,
+        **{"q": q, "k_cache": k_cache, "v_cache": v_cache},
+        **_argument_types.given(
+            **{"k": k, "v": v, "rotary_cos": rotary_cos, "rotary_sin": rotary_sin},
+            **{"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad},
+            **{"block_table": block_table, "alibi_slopes": alibi_slopes, "sinks": sinks},
+            **{"k_scale": k_scale, "v_scale": v_scale, "tree_mask": tree_mask},
+            cache_seqlens=cache_seqlens if isinstance(cache_seqlens, Tensor) else None,
+        ),
+    )
     if (k is None) != (v is None):
         raise ArgumentError(f"{_NAME}: k and v go together; only one of them is given")
     if (rotary_cos is None) != (rotary_sin is None):
@@ -245,11 +290,14 @@ def flash_attn_with_kvcache(
     causal = _argument_types.flag(_NAME, "causal", causal)
     rotary_interleaved = _argument_types.flag(_NAME, "rotary_interleaved", rotary_interleaved)
     return_softmax_lse = _argument_types.flag(_NAME, "return_softmax_lse", return_softmax_lse)
-    if k_cache.dim() != 4:
-        raise ArgumentError(f"{_NAME}: k_cache has shape {tuple(k_cache.shape)}; it must be 4-D")
-    for argument, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.stride(-1) != 1 and cache.shape[-1] > 1:
-            raise ArgumentError(f"{_NAME}: {argument} must have unit stride in its last dimension")
+    for argument, rows, side in (("q", q, "q"), ("k", k, "new"), ("v", v, "new")):
+        if rows is not None and rows.dim() != 4:
+            heads = "heads_q" if side == "q" else "heads_k"
+            raise ArgumentError(
+                f"{_NAME}: {argument} has shape {tuple(rows.shape)}; it must be (batch, "
+                f"seqlen_{side}, {heads}, head_dim)"
+            )
+    _check_caches(k_cache, v_cache)
 
     if tree_mask is not None:
         by_order = {
@@ -265,7 +313,6 @@ def flash_attn_with_kvcache(
 
     capacity = k_cache.shape[1]
     if block_table is not None:
-        _argument_types.dense(_NAME, block_table=block_table)
         if block_table.dim() != 2:
             raise ArgumentError(
                 f"{_NAME}: block_table has shape {tuple(block_table.shape)}; it must be (batch, "
@@ -275,12 +322,8 @@ def flash_attn_with_kvcache(
     window = _window(window_size, capacity)
     lengths = _lengths(cache_seqlens, q)
     if cache_batch_idx is not None:
-        if cache_batch_idx.dim() != 1:
-            raise ArgumentError(
-                f"{_NAME}: cache_batch_idx has shape {tuple(cache_batch_idx.shape)}; it must be "
-                "(batch,)"
-            )
-        block_table = cache_batch_idx.to(torch.int32)[:, None]
+        _check_batch_idx(cache_batch_idx, lengths, 0 if k is None else k.shape[1])
+        block_table = cache_batch_idx[:, None]
 
     def attend(q: Tensor, seqused_k: Tensor | None, seqused_q: Tensor | None) -> Any:
         try:
