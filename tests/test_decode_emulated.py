@@ -11,9 +11,6 @@ from torch import Tensor
 
 from flashattn_lite import reference, testing
 
-LAYOUTS = ("contiguous", "page1", "page5", "page16", "page64", "page256")
-STORAGES = ("same", "int8", "fp8")
-
 
 def few_queries(case: testing.Case) -> testing.Case:
     """With at most five query tokens a sequence: what decode is for."""
@@ -49,34 +46,6 @@ def check(result: cuda_problem.Result, inputs: testing.Inputs) -> None:
         testing.check_within_budget(name, actual, t, x, largest_score=largest)
 
 
-def over_cache(case: testing.Case, layout: str, storage: str) -> testing.Inputs:
-    """The case with its keys in a cache, poison wherever nothing may be read. The queries stay
-    dense or varlen, as the case has them."""
-    inputs = testing.make_inputs(case)
-    options = dict(inputs.options)
-    ends = options.pop("cu_seqlens_k", None)
-    options.pop("max_seqlen_k", None)
-    pad = options.get("leftpad_k")
-    used = [n for _, n in case.seqlens]
-    total = [n + (0 if pad is None else int(pad[b])) for b, n in enumerate(used)]
-    rows: list[list[Tensor]] = []
-    for t in (inputs.k, inputs.v):
-        starts = [0] * case.batch if ends is None else ends.tolist()
-        sequences = range(case.batch)
-        of = [t if ends is not None else t[b] for b in sequences]
-        rows.append([of[b][starts[b] : starts[b] + total[b]] for b in sequences])
-    cache = kv_caches.make_cache(
-        layout,
-        storage,
-        *rows,
-        max(total) + 3,
-        leftpad=None if pad is None else pad.tolist(),
-    )
-    kv_caches.forget_unused_pages(cache, total)
-    options |= {"seqused_k": torch.tensor(total, dtype=torch.int32), **cache.options}
-    return testing.Inputs(inputs.q, cache.k, cache.v, options)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_case(case: testing.Case) -> None:
     """As the case lays K and V out: strided, unaligned, varlen, used lengths, left padding."""
@@ -85,9 +54,9 @@ def test_case(case: testing.Case) -> None:
 
 
 IN_CACHES = [
-    pytest.param(case, layout, STORAGES[(i + j) % 3], i + j, id=f"{case}-{layout}")
+    pytest.param(case, layout, kv_caches.STORED_AS[(i + j) % 3], i + j, id=f"{case}-{layout}")
     for i, case in enumerate(case for case in CASES if case.batch)
-    for j, layout in enumerate(LAYOUTS)
+    for j, layout in enumerate(kv_caches.LAYOUTS)
 ]
 
 
@@ -95,7 +64,7 @@ IN_CACHES = [
 def test_case_over_caches(case: testing.Case, layout: str, storage: str, turn: int) -> None:
     """Every case in every layout, and in every storage (in two layouts each); four schedules and
     three numbers of splits take turns."""
-    inputs = over_cache(case, layout, storage)
+    inputs = kv_caches.over_cache(case, layout, storage)
     more = {"seed": turn % 4, "num_splits": turn % 5 % 3}
     check(run(inputs.q, inputs.k, inputs.v, **more, **inputs.reference_options()), inputs)
 
@@ -117,11 +86,11 @@ EVERYTHING = testing.Case(
 )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("layout", kv_caches.LAYOUTS)
+@pytest.mark.parametrize("storage", kv_caches.STORED_AS)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
 def test_everything_at_once(layout: str, storage: str, dtype: torch.dtype) -> None:
-    inputs = over_cache(replace(EVERYTHING, dtype=dtype), layout, storage)
+    inputs = kv_caches.over_cache(replace(EVERYTHING, dtype=dtype), layout, storage)
     results = [
         run(inputs.q, inputs.k, inputs.v, seed=seed, **inputs.reference_options())
         for seed in (0, 1, 2)
@@ -133,7 +102,7 @@ def test_everything_at_once(layout: str, storage: str, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("head_dim", (64, 128, 192, 256))
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", kv_caches.STORED_AS)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
 def test_tiles_move_at_full_width(head_dim: int, storage: str, dtype: torch.dtype) -> None:
     """No bank conflict, no wasted sector, and each element of K and V is read once."""
@@ -145,7 +114,7 @@ def test_tiles_move_at_full_width(head_dim: int, storage: str, dtype: torch.dtyp
         head_dim=head_dim,
         dtype=dtype,
     )
-    inputs = over_cache(case, "page16", storage)
+    inputs = kv_caches.over_cache(case, "page16", storage)
     result = run(inputs.q, inputs.k, inputs.v, **inputs.reference_options())
     check(result, inputs)
     kinds = {site["kind"] for site in result.sites}
@@ -189,7 +158,7 @@ def _bits(
     return list(zip(result.out, result.lse, strict=True))
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", kv_caches.STORED_AS)
 @pytest.mark.parametrize("tokens", (1, 4))
 def test_bits_are_the_sequences_own(storage: str, tokens: int) -> None:
     """Not those of the batch around it, of pages and their order, or of the number of splits."""
@@ -236,7 +205,7 @@ def test_bits_are_those_of_wider_tiles() -> None:
 # ---- what must not show, and what must -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", kv_caches.STORED_AS)
 @pytest.mark.parametrize("side", ("k", "v"))
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("float16", "bfloat16"))
 def test_a_nan_shows_where_it_is_seen_only(storage: str, side: str, dtype: torch.dtype) -> None:
@@ -320,7 +289,7 @@ def test_quantised_prefill(storage: str) -> None:
     case = testing.Case(
         "prefill", ((90, 90), (40, 300)), "varlen", causal=True, dtype=torch.bfloat16
     )
-    inputs = over_cache(case, "page16", storage)
+    inputs = kv_caches.over_cache(case, "page16", storage)
     check(run(inputs.q, inputs.k, inputs.v, **inputs.reference_options()), inputs)
 
 
@@ -385,7 +354,7 @@ def test_a_bias_at_any_length(dtype: torch.dtype) -> None:
     case = testing.Case(
         "bias", ((90, 90), (40, 300)), "varlen", causal=True, dtype=torch.bfloat16, bias="full"
     )
-    inputs = over_cache(case, "page16", "same")
+    inputs = kv_caches.over_cache(case, "page16", "same")
     inputs.options["bias"] = inputs.options["bias"].to(dtype)
     check(run(inputs.q, inputs.k, inputs.v, **inputs.reference_options()), inputs)
 

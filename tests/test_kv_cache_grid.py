@@ -3,6 +3,7 @@
 the reference on each sequence's plain rows; and arguments of every kind, good and bad."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import kv_caches
 from torch import Tensor
+from torch.nn import functional
 
 import flashattn_lite as fal
 from flashattn_lite import BlockMask, block_patterns, reference, testing
@@ -150,6 +152,50 @@ def test_every_pair_of_options(case: dict[str, Any]) -> None:
         testing.check_within_budget("out", out[b : b + 1], truth[0], low[0], largest_score=largest)
         seen = torch.where(lse == torch.inf, -torch.inf, lse)[b : b + 1]
         testing.check_within_budget("lse", seen, truth[1], low[1], largest_score=largest)
+
+
+# ---- the case table over caches -----------------------------------------------------------------
+
+
+def few_queries(case: testing.Case) -> testing.Case:
+    """At most five tokens a sequence: what decode is for."""
+    return replace(case, seqlens=tuple((min(5, q), k) for q, k in case.seqlens))
+
+
+TABLE = [case for case in testing.all_cases() if case.batch]
+IN_CACHES = [
+    *((few_queries(case), storage) for case in TABLE for storage in kv_caches.STORED_AS),
+    *((case, kv_caches.STORED_AS[i % 3]) for i, case in enumerate(TABLE)),
+]
+
+
+@pytest.mark.parametrize(("case", "storage"), IN_CACHES, ids=str)
+def test_the_case_table_over_every_layout(case: testing.Case, storage: str) -> None:
+    """Exact, and the same bits in all of them."""
+    results: list[tuple[Tensor, Tensor]] = []
+    for layout in reversed(kv_caches.LAYOUTS):
+        inputs = kv_caches.over_cache(case, layout, storage)
+        table = inputs.options.get("block_table")
+        keys = inputs.k.shape[1] * (1 if table is None else table.shape[1])
+        if "bias" in inputs.options:  # nobody reads it beyond the sequences
+            bias = inputs.options["bias"]
+            bias = functional.pad(bias, (0, keys - bias.shape[-1]), value=torch.nan)
+            inputs.options["bias"] = bias
+        results.append(
+            fal.attention(inputs.q, inputs.k, inputs.v, **inputs.options, return_lse=True)  # type: ignore[arg-type]
+        )
+        assert torch.equal(results[-1][0], results[0][0]), layout
+        assert torch.equal(results[-1][1], results[0][1]), layout
+    assert layout == "contiguous"
+    options = inputs.reference_options()
+    truth, low = (
+        reference.attention(inputs.q, inputs.k, inputs.v, **options, precision=precision)
+        for precision in (torch.float64, case.dtype)
+    )
+    finite = truth[1][truth[1].isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 1.0
+    for name, actual, t, x in zip(("out", "lse"), results[-1], truth, low, strict=True):
+        testing.check_within_budget(name, actual, t, x, largest_score=largest)
 
 
 # ---- block masks --------------------------------------------------------------------------------

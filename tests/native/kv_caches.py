@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashattn_lite import testing
+
+LAYOUTS = ("contiguous", "page1", "page5", "page16", "page64", "page256")
+STORED_AS = ("same", "int8", "fp8")
 STORAGES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 LIMITS = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
@@ -135,3 +139,31 @@ def forget_unused_pages(cache: Cache, lengths: list[int]) -> None:
     if table is not None:
         for b, length in enumerate(lengths):
             table[b, -(-length // cache.k.shape[1]) :] = 2**31 - 1
+
+
+def over_cache(case: testing.Case, layout: str, storage: str) -> testing.Inputs:
+    """The case with its keys in a cache, poison wherever nothing may be read. The queries stay
+    dense or varlen, as the case has them."""
+    inputs = testing.make_inputs(case)
+    options = dict(inputs.options)
+    ends = options.pop("cu_seqlens_k", None)
+    options.pop("max_seqlen_k", None)
+    pad = options.get("leftpad_k")
+    used = [n for _, n in case.seqlens]
+    total = [n + (0 if pad is None else int(pad[b])) for b, n in enumerate(used)]
+    rows: list[list[Tensor]] = []
+    for t in (inputs.k, inputs.v):
+        starts = [0] * case.batch if ends is None else ends.tolist()
+        sequences = range(case.batch)
+        of = [t if ends is not None else t[b] for b in sequences]
+        rows.append([of[b][starts[b] : starts[b] + total[b]] for b in sequences])
+    cache = make_cache(
+        layout,
+        storage,
+        *rows,
+        max(total) + 3,
+        leftpad=None if pad is None else pad.tolist(),
+    )
+    forget_unused_pages(cache, total)
+    options |= {"seqused_k": torch.tensor(total, dtype=torch.int32), **cache.options}
+    return testing.Inputs(inputs.q, cache.k, cache.v, options)
