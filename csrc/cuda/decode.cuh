@@ -152,14 +152,14 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       if (any) {
         float s[kM][2][4];
         clear(s);
-        Storage::with_elements(problem.kv.dtype, [&](auto keys) {
+        Storage::with_elements(problem.kv.dtype, [&](auto elements) {
 #pragma unroll
           for (int block = 0; block < kDim / 64; ++block) {
             if constexpr (!Config::kKeepsQ) {
               Storage::load_queries(frag_q[0], smem_q, block, lane);
             }
-            keys.add_scores(s, frag_q[Config::kKeepsQ ? block : 0], smem_tile(step, 0), block,
-                            lane);
+            elements.add_scores(s, frag_q[Config::kKeepsQ ? block : 0], smem_tile(step, 0), block,
+                                lane);
           }
         });
         float2 value_factor[2];
@@ -198,12 +198,12 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kBlocksPerSm)
       next = after_next;
       after_next = find(step + 3);
       if (any) {
-        Storage::with_elements(problem.kv.dtype, [&](auto values) {
-          if (masked && tokens.size() > 1 && values.holds_nonfinite(smem_tile(step, 1), lane)) {
-            add_seen_values<Config>(acc_o, values, frag_p, smem_tile(step, 1), band, lane_rows,
+        Storage::with_elements(problem.kv.dtype, [&](auto elements) {
+          if (masked && tokens.size() > 1 && elements.holds_nonfinite(smem_tile(step, 1), lane)) {
+            add_seen_values<Config>(acc_o, elements, frag_p, smem_tile(step, 1), band, lane_rows,
                                     begin, lane);
           } else {
-            add_values<Config>(acc_o, values, frag_p, smem_tile(step, 1), lane);
+            add_values<Config>(acc_o, elements, frag_p, smem_tile(step, 1), lane);
           }
         });
       }
