@@ -304,13 +304,12 @@ static FAL_NOINLINE void merge_part(const DecodeItem& item, const DecodeState& i
   }
 }
 
-// One row of Q, zeros from `dims` on.
+// One row of Q; what lies behind it is zeros already.
 template <class T>
 FAL_INLINE void load_query(const T* row, int dims, float scale, float* to) {
   for (int d = 0; d < dims; d += kLanes) store(to + d, load_dims(row, d, dims) * scale);
 }
 FAL_INLINE void load_query(const BFloat16* row, int dims, float, BFloat16* to) {
-  memset(to, 0, sizeof *to * round_up(dims, 2 * kLanes));
   memcpy(to, row, sizeof *to * dims);
 }
 
@@ -326,10 +325,8 @@ static void load_queries(const DecodeItem& item, float* memory) {
     for (int r = 0; r < item.passes * item.m; ++r) {
       auto* to =
           q + (static_cast<int64_t>(r / item.m) * item.columns() + h * item.m + r % item.m) * ld;
-      if (r >= item.rows) {
-        memset(to, 0, sizeof *to * ld);
-        continue;
-      }
+      memset(to, 0, sizeof *to * ld);  // 0 times what is not a number is none either
+      if (r >= item.rows) continue;
       const T* row = view.at(item.b, item.seq.row_q + item.token(r), item.head_q(h, r));
       load_query(row, dims, scale, to);
     }
