@@ -352,6 +352,20 @@ def test_losses_are_named() -> None:
     assert "length 40" in line and "fp32" in line and "takes 2.00 times the time of sdpa" in line
 
 
+def test_on_cuda_prompts_have_flops_and_decoding_has_bytes() -> None:
+    prompt = replace(SMALL, suite="forward", dtype="bf16", device="cuda")
+    decode = replace(prompt, suite="decode", tokens=1)
+    results = results_of(row_of(prompt, 1.5), row_of(decode, 1.5))
+    results.ceilings = {"matmul bf16": 1e6 * prompt.flops(), "copy": 40.0 * decode.cache_bytes()}
+    for suite, headers in (
+        ("forward", ("TFLOP/s", "of matmul")),
+        ("decode", ("GB/s of K and V", "of copy")),
+    ):
+        found, (cells,) = present.suite_table(suite, results)
+        assert tuple(found[-4:-2]) == headers and len(cells) == len(found)
+    assert cells[-3] == "25%"  # of copy: a call takes 0.1 s
+
+
 def test_growth_is_the_exponent_of_memory_over_length() -> None:
     rows = []
     for n in (1024, 2048, 8192):

@@ -80,7 +80,9 @@ def _speed_table(rows: Sequence[Row], ceilings: dict[str, float]) -> Table:
     theirs = "baseline" if any(row.case.tokens for row in rows) else "PyTorch"
     headers += ["ours", theirs, "ratio", "quartiles"] + (["CPU time"] if with_cpu else [])
     headers += [f"vs {name}" for name in others] + ([_ceiling(rows)] if with_peak else [])
-    headers += [] if on_cpu else ["TFLOP/s", "of matmul"]
+    if not on_cpu:
+        decoding = any(row.case.tokens for row in rows)
+        headers += ["GB/s of K and V", "of copy"] if decoding else ["TFLOP/s", "of matmul"]
     headers += ["error", f"{theirs}'s"]
     body = []
     for row in rows:
@@ -101,9 +103,11 @@ def _speed_table(rows: Sequence[Row], ceilings: dict[str, float]) -> Table:
         if with_peak:
             cells.append("" if row.peak is None else f"{row.peak:.0%}")
         if not on_cpu:
-            rate = row.case.flops() / row.samples[row.ours].median()
-            matmul = ceilings.get(f"matmul {row.case.dtype}")
-            cells += [f"{rate / 1e12:.1f}", f"{rate / matmul:.0%}" if matmul else ""]
+            work, unit, most = row.case.flops(), 1e12, ceilings.get(f"matmul {row.case.dtype}")
+            if row.case.tokens:
+                work, unit, most = row.case.cache_bytes(), 1e9, ceilings.get("copy")
+            rate = work / row.samples[row.ours].median()
+            cells += [f"{rate / unit:.1f}", f"{rate / most:.0%}" if most else ""]
         body.append([*cells, _scientific(row.error), _scientific(row.baseline_error)])
     return headers, body
 
