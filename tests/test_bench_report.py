@@ -47,6 +47,23 @@ def test_papers_page_answers_what_the_rows_answer(tmp_path: Path) -> None:
     assert "2x2x256x16" not in (tmp_path / "performance.md").read_text()
 
 
+def test_papers_page_answers_for_block_masks(tmp_path: Path) -> None:
+    """Shares of the time of a full block mask in the same run, of each dtype and direction."""
+    rows = []
+    for backward, times in ((False, (0.26, 1.0)), (True, (0.5, 2.0))):
+        for density, seconds in zip((0.25, 1.0), times, strict=True):
+            case = replace(SMALL, suite="sparse", seqlen=256, block_density=density)
+            row = row_of(replace(case, backward=backward), 2.0)
+            row.samples[row.ours] = Samples([9.0], [seconds])
+            rows.append(row)
+    results_of(*rows).save(tmp_path / "a-cpu.json")
+    results_of(rows[0]).save(tmp_path / "b-cpu.json")  # without a full mask: no answer
+    paths = [tmp_path / "a-cpu.json", tmp_path / "b-cpu.json"]
+    assert report.main(paths, tmp_path) == 0
+    text = (tmp_path / "papers.md").read_text()
+    assert text.count("| 25.0%-26.0% of the time with 25.0% of the blocks | A CPU, avx2 |") == 1
+
+
 def test_report_draws_the_same_plots_again(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [row_of(replace(SMALL, seqlen=n), f) for n, f in ((128, 0.8), (256, 1.3))]
