@@ -8,7 +8,8 @@ conformance  every PTX wrapper's result words against the emulator's recorded on
 cases        the whole case table and what only a device shows (tests/test_gpu.py)
 sanitizer    compute-sanitizer's memcheck and racecheck over a part of the case table
 decode       bytes of K and V a second against the measured bandwidth (tests/gpu_decode.py)
-bench        against PyTorch's backends in the same process, exactness checked first
+bench        against PyTorch's backends in the same process, exactness checked first; last, block
+             masks against compiled flex_attention
 
 It needs the built library, torch with CUDA, pytest and, for one part, compute-sanitizer; it
 installs nothing and asks the network for nothing. Each part is a process of its own with a time
@@ -149,7 +150,8 @@ def bench(out: Path) -> tuple[bool, str]:
     """In bfloat16; `python -m flashattn_lite bench --device cuda` has every suite and dtype."""
     path = out / "bench.json"
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "flashattn_lite", "bench", "forward", "training"]
+    command = [sys.executable, "-m", "flashattn_lite", "bench"]
+    command += ["forward", "training", "sparse"]
     command += ["--device", "cuda", "--quick", "--dtype", "bf16", "--json", str(path)]
     status, last = run(command, LIMITS["bench"], out / "bench.log")
     text = f"{last} (exit {status}); rows in {path.name}"

@@ -3,8 +3,10 @@
     make io-complexity        (PYTHONPATH=.:tests python tests/io_complexity.py)
 
 runs standard attention, FlashAttention and FlashAttention-2 forward over sequence length and tile
-size, and writes the tables of docs/io_complexity.md and docs/images/io_complexity.svg. The plot
-needs matplotlib. tests/test_io_complexity.py holds the counts to flashattn_lite.bench.io_model.
+size, FlashAttention-2 also backward and over the density of a block mask, and writes the tables of
+docs/io_complexity.md and docs/images/io_complexity.svg. The plot needs matplotlib.
+tests/test_io_complexity.py holds the counts to flashattn_lite.bench.io_model,
+test_block_mask_emulated.py to the density.
 """
 
 import functools
@@ -16,8 +18,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from native import emulated
+from native import cuda_problem, emulated
 
+from flashattn_lite import BlockMask
 from flashattn_lite.bench import io_model
 from flashattn_lite.bench.io_model import Bytes
 
@@ -30,6 +33,8 @@ HEAD_DIM, ELEMENT = 64, 2  # bfloat16
 TILES = (64, 128, 256)  # keys (FlashAttention) or query rows (FlashAttention-2)
 LIBRARY_TILE = 128  # what the library uses at head dim 64, of both
 SEQLENS = (256, 512, 1024, 2048)
+DENSITIES = (0.125, 0.25, 0.5, 1.0)  # shares of the blocks of a block mask
+SPARSE_SEQLEN, SPARSE_BLOCK, SPARSE_HEAD_DIM = 1024, 128, 128
 NAMES = {"standard": "standard", "flash1": "FlashAttention", "flash2": "FlashAttention-2"}
 
 
@@ -87,6 +92,54 @@ def predict(run: Run) -> Bytes:
     if run.which == "flash1":
         return io_model.flash1(*shape, causal=run.causal, rows=io_model.FLASH1_ROWS, keys=run.tile)
     return io_model.flash2(*shape, causal=run.causal, rows=run.tile)
+
+
+# ---- block masks ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SparseCount:
+    """What grows with the tiles that are visited, of one head."""
+
+    moved: int  # bytes of device memory, the mask's own tables included
+    tables: int  # of those, the tables
+    flops: int
+
+
+@functools.cache
+def _sparse(density: float | None, backward: bool) -> cuda_problem.Result:
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, SPARSE_SEQLEN, 1, SPARSE_HEAD_DIM)
+    q, k, v, dout = (torch.randn(shape, generator=generator).bfloat16() for _ in range(4))
+    options: dict[str, Any] = {}
+    if density is not None:
+        blocks = SPARSE_SEQLEN // SPARSE_BLOCK
+        order = torch.arange(blocks)
+        listed = (3 * order + order[:, None]) % blocks < density * blocks  # as many in every line
+        options["block_mask"] = BlockMask.from_blocks(
+            listed, SPARSE_SEQLEN, SPARSE_SEQLEN, block_size=SPARSE_BLOCK
+        )
+    result = cuda_problem.forward("flash2", q, k, v, **options)
+    if backward:
+        result = cuda_problem.backward("flash2", q, k, v, result.out, result.lse, dout, **options)
+    assert not result.reports, result.reports
+    return result
+
+
+def sparse(density: float | None, backward: bool) -> SparseCount:
+    """FlashAttention-2 with a block mask in blocks of 128; None: without one.
+
+    Left out is what is moved once whatever the mask: in forward Q, O and LSE; in backward K, V and
+    their gradients, and what prepares and converts.
+    """
+    result, nothing = _sparse(density, backward), _sparse(0.0, backward)
+    once = ("k", "v") if backward else ("q",)
+    bytes_of = {name: sum(t) for name, t in result.traffic.items() if name not in once}
+    tables = bytes_of.pop("block_mask", 0)
+    always = sum(sum(nothing.traffic.get(name, (0, 0))) for name in bytes_of)
+    return SparseCount(
+        sum(bytes_of.values()) - always + tables, tables, result.counters["mma_flops"]
+    )
 
 
 # ---- tables and plot ----------------------------------------------------------------------------
@@ -147,6 +200,24 @@ def tables(counts: dict[Run, Bytes]) -> str:
             ]
         )
     title = ["", "tile", "read, MiB", "written, MiB", "of prediction", "in N^2 d / tile elements"]
+    text += _table(title, rows)
+    text += f"\n### Over the density of a block mask (N = {SPARSE_SEQLEN})\n\n"
+    rows = []
+    for backward in (False, True):
+        whole = sparse(None, backward)
+        for density in (*DENSITIES, None):
+            count = sparse(density, backward)
+            rows.append(
+                [
+                    f"{'backward' if backward else 'forward'}, "
+                    + ("no mask" if density is None else f"{density:.1%} of the blocks"),
+                    _mib(count.moved),
+                    f"{count.moved / whole.moved:.4f}",
+                    f"{count.tables / count.moved:.2%}",
+                    f"{count.flops / whole.flops:.4f}",
+                ]
+            )
+    title = ["", "read and written, MiB", "of no mask", "of it tables", "FLOPs, of no mask"]
     return text + _table(title, rows)
 
 

@@ -198,6 +198,26 @@ def test_tiles_of_keys_are_those_that_touch(problem, tile_keys, tile_rows) -> No
                     assert bits == problem.seen[i, j : min(j + 32, end)].tolist()
 
 
+@given(problems(), st.sampled_from([1, 4, 16, 33]), st.sampled_from([32, 64]))
+@property_test
+def test_tiles_looked_at_in_any_order(problem, tile_rows, tile_keys) -> None:
+    """As the cursors and classify() have them; and words of 32 keys by the tile's rule."""
+    head = problem.head
+    rows, keys = problem.seen.shape
+    for r, k in itertools.product(some_tiles(rows, tile_rows), some_tiles(keys, tile_keys)):
+        kind, rule = head.tile_of_keys(r, k)
+        assert head.tile_of_rows(r, k) == (kind, rule)
+        assert kind == head.classify(r, k)
+        if kind == core.SKIP:
+            continue
+        behind = [rows, rows + 5] if r[1] == rows else []
+        for i, j in itertools.product([*range(*r), *behind], range(*k, 32)):
+            word = head.word(rule, i, j)
+            expected = problem.visible[i, j : j + 32] if i < rows else np.zeros(32, dtype=bool)
+            bits = [bool(word >> t & 1) for t in range(32)]
+            assert bits == [*expected.tolist(), *[False] * (32 - len(expected))]
+
+
 @given(problems())
 @property_test
 def test_full_blocks_make_full_tiles(problem) -> None:

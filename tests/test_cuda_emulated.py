@@ -1,6 +1,7 @@
 """The CUDA kernels, unmodified, on the SIMT emulator: exact on the case table, free of races,
 out-of-bounds and uninitialised reads, of bank conflicts and of uncoalesced tile accesses."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -219,20 +220,26 @@ class Emulated(torch.autograd.Function):
         return result.dq, result.dk, result.dv, result.dsinks, None
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "deterministic"))
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_backward(algorithm: str, deterministic: bool, case: testing.Case) -> None:
-    """Under two random schedules; with test_forward's orderly one, every case sees three."""
+def emulated(algorithm: str, *, deterministic: bool, seed: int) -> Callable[..., Any]:
+    """``function(q, k, v, **options)`` under a schedule, for what the tests of every engine ask."""
 
     def function(
         q: Any, k: Any, v: Any, sinks: Any = None, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         call = {"algorithm": algorithm, "deterministic": deterministic, "options": options}
-        call["seed"] = 1 + deterministic
+        call["seed"] = seed
         out, lse = Emulated.apply(q, k, v, sinks, call)
         return out, lse
 
+    return function
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("deterministic", (False, True), ids=("atomic", "deterministic"))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_backward(algorithm: str, deterministic: bool, case: testing.Case) -> None:
+    """Under two random schedules; with test_forward's orderly one, every case sees three."""
+    function = emulated(algorithm, deterministic=deterministic, seed=1 + deterministic)
     testing.check_case(function, case)
 
 

@@ -82,6 +82,8 @@ def by_the_rule(inputs: testing.Inputs) -> dict[str, Tensor]:
         lse, dlses = (t[:, s.row_q : s.row_q + s.seqlen_q] for t in stats)
         right = 0 if options["causal"] else options["window"][1]
         seen = reference.visible(s.seqlen_q, s.seqlen_k, (options["window"][0], right))
+        if (block_mask := options.get("block_mask")) is not None:
+            seen = seen & block_mask.to_dense(s.seqlen_q, s.seqlen_k)[0, 0]
         kg, vg = (t.repeat_interleave(group, 0) for t in (ks, vs))
         scaled = qs @ kg.transpose(1, 2) * qs.shape[-1] ** -0.5
         cap = options["softcap"]

@@ -27,11 +27,11 @@ def test_no_worse_than_recorded(architecture: str) -> None:
             assert value <= recorded[name][what], f"{name}: {what} is {value}, was {recorded[name]}"
 
 
-def test_no_spills_at_head_dims_64_and_128(architecture: str) -> None:
+def test_no_spills_below_head_dim_256(architecture: str) -> None:
     """Nor in decode at any."""
     kernels = ptxas.report(architecture)
-    checked = [name for name in kernels if re.search(r"flash[12]\w*<(64|128),|decode_", name)]
-    assert len(checked) >= 24 + 10
+    checked = [n for n in kernels if re.search(r"flash[12]\w*<(64|128|192),|decode_", n)]
+    assert len(checked) >= 38 + 10
     for name in checked:
         assert kernels[name]["spill_stores"] == kernels[name]["spill_loads"] == 0, name
 

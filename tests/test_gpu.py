@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import test_block_mask as block_masks
 import torch
 from native import kv_caches
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from flashattn_lite import (
     ArgumentError,
     attention,
+    block_patterns,
     flash_attn_func,
     flash_attn_with_kvcache,
     reference,
@@ -159,6 +161,52 @@ def test_many_tiles(algorithm: str, head_dim: int, causal: bool) -> None:
         dtype=torch.bfloat16,
     )
     check_case(runner(algorithm), case, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=("float16", "bfloat16"))
+@pytest.mark.parametrize("name", block_masks.PATTERNS)
+def test_block_masks(name: str, dtype: torch.dtype) -> None:
+    """Every pattern, in blocks smaller and larger than tiles; tests/test_block_mask_emulated.py has
+    the options."""
+    case = Case(name, ((block_masks.S,) * 2,) * 2, heads_q=4, heads_k=2, dtype=dtype)
+    inputs = make_inputs(case, device="cuda")
+    for size in (16, 128):
+        mask = block_masks.PATTERNS[name](size)
+        block_masks.check(runner("flash2"), inputs, mask, dtype, f"{name} {size}")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("softcap", [0.0, 3.0], ids=("plain", "softcap"))
+def test_long_block_masks(head_dim: int, softcap: float) -> None:
+    """More tiles than one list of them holds, dQ by atomics; and a decoding step over pages."""
+    seqlen = 5000
+    mask = block_patterns.streaming(seqlen, 100, 4200, block_size=64)
+    case = Case("long", ((300, seqlen),), head_dim=head_dim, softcap=softcap, dtype=torch.bfloat16)
+    inputs = make_inputs(case, device="cuda")
+
+    def atomic(*tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = attention(*tensors, **options, return_lse=True, backend="flash2")
+        return out, lse
+
+    block_masks.check(atomic, inputs, mask, torch.bfloat16, "long")
+    k, v = (t.view(-1, 8, *t.shape[2:]) for t in (inputs.k, inputs.v))
+    lengths = torch.tensor([seqlen], dtype=torch.int32, device="cuda")
+    table = torch.arange(seqlen // 8, dtype=torch.int32, device="cuda")[None]
+    options = {"softcap": softcap, "block_mask": mask}
+    step = flash_attn_with_kvcache(
+        inputs.q[:, -1:], k, v, cache_seqlens=lengths, block_table=table, **options
+    )
+    truth, _ = reference.attention(inputs.q[:, -1:], inputs.k, inputs.v, **options)
+    low, _ = reference.attention(
+        inputs.q[:, -1:], inputs.k, inputs.v, **options, precision=torch.bfloat16
+    )
+    assert isinstance(step, Tensor)
+    check_within_budget("step", step, truth, low)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        atomic(inputs.q, inputs.k, inputs.v, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

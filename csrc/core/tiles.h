@@ -163,4 +163,50 @@ struct BlockSparseTilesOfKeys {
   }
 };
 
+// What the band and, where one is given, a block mask show of one (batch entry, query head): for
+// whoever looks at tiles in an order of its own.
+struct Sight {
+  Band band;
+  bool masked;
+  HeadMask mask;  // when masked
+
+  FAL_HOST_DEVICE static Sight make(const BlockMask& m, int32_t b, int32_t h, const Band& band) {
+    return {band, m.given(), m.given() ? HeadMask::make(m, b, h, band) : HeadMask{}};
+  }
+
+  // A tile of keys as a tile of rows sees it, both not empty; of the kind kSkip too, which is never
+  // wrong, as kFull is exact. Asks the rows' lists.
+  FAL_HOST_DEVICE Tile tile_of_keys(Range rows, Range keys) const {
+    TileKind kind = band.classify(rows, keys);
+    if (masked && mask.next_key(band, rows, keys.begin) >= keys.end) kind = TileKind::kSkip;
+    return listed(keys, kind, rows, keys);
+  }
+  // A tile of rows as a tile of keys is seen by it. Asks the columns' lists.
+  FAL_HOST_DEVICE Tile tile_of_rows(Range rows, Range keys) const {
+    TileKind kind = band.classify(rows, keys);
+    if (masked && mask.next_row(band, keys, rows.begin) >= rows.end) kind = TileKind::kSkip;
+    return listed(rows, kind, rows, keys);
+  }
+
+  // Bit t: row i sees key j + t, of 32 keys. `rule` is that of a tile that holds them.
+  FAL_HOST_DEVICE uint32_t word(int32_t rule, int32_t i, int32_t j) const {
+    if (i >= band.seqlen_q) return 0;
+    const Range seen = band.keys_of(i);
+    const uint32_t word = low_bits(seen.end - j) & ~low_bits(seen.begin - j);
+    if (!masked || word == 0) return word;
+    if (rule == BlockRule::kMixed) return word & mask.visible_word(i, j);
+    return word & mask.rule_word(rule, i + mask.row_offset, j, min_int(32, seen.end - j));
+  }
+
+ private:
+  FAL_HOST_DEVICE Tile listed(Range range, TileKind kind, Range rows, Range keys) const {
+    if (!masked || kind == TileKind::kSkip) return {range, kind, BlockRule::kFull};
+    if (kind == TileKind::kFull && !mask.all_full(rows, keys)) kind = TileKind::kPartial;
+    const Range lines = mask.block_rows(rows), blocks = mask.block_columns(keys);
+    const bool one_block =
+        lines.size() == 1 && blocks.size() == 1 && mask.contains(rows) && keys.end <= mask.seqlen_k;
+    return {range, kind, one_block ? mask.rule_of(lines.begin, blocks.begin) : BlockRule::kMixed};
+  }
+};
+
 }  // namespace fal

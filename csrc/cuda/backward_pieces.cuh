@@ -111,16 +111,21 @@ cudaError_t backward_prepare(const BackwardArgs& args, cudaStream_t stream);
 cudaError_t backward_convert_dq(const BackwardArgs& args, cudaStream_t stream);
 cudaError_t backward_sinks(const BackwardArgs& args, cudaStream_t stream);
 
-// launch_main(head-dim class, score modification) for the class that the workspace is of.
+// launch_main(head-dim class, score modification) for the class that the workspace is of;
+// NoScoreMod only if `may_be_plain`.
 template <int... kHeadDims, class Launch>
-cudaError_t launch_backward(const BackwardArgs& args, const Launch& launch_main) {
+cudaError_t launch_backward(const BackwardArgs& args, bool may_be_plain,
+                            const Launch& launch_main) {
+  const bool plain = may_be_plain && plain_scores(args.problem.forward.score, args.aligned);
   cudaError_t error = cudaErrorInvalidValue;
   dispatch_int<kHeadDims...>(args.workspace.padded_dim, [&](auto dim) {
-    error = plain_scores(args.problem.forward.score, args.aligned)
-                ? launch_main(dim, NoScoreMod{})
-                : launch_main(dim, GeneralScoreMod{});
+    error = plain ? launch_main(dim, NoScoreMod{}) : launch_main(dim, GeneralScoreMod{});
   });
   return error;
+}
+template <int... kHeadDims, class Launch>
+cudaError_t launch_backward(const BackwardArgs& args, const Launch& launch_main) {
+  return launch_backward<kHeadDims...>(args, true, launch_main);
 }
 
 }  // namespace fal::cuda

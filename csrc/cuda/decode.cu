@@ -37,6 +37,7 @@ const char* decode_supports_forward(const ForwardProblem& problem, int capabilit
   if (quantised(problem)) plain.kv.dtype = shape.dtype;
   plain.score.bias.data = nullptr;
   if (const char* reason = tensor_cores_cannot(plain, capability)) return reason;
+  if (const char* reason = band_tiles_cannot(problem)) return reason;
   if (problem.score.dropout_threshold) return "decoding has no dropout";
   const DType bias_dtype = problem.score.bias.dtype;
   if (has_bias && bias_dtype != DType::kFloat32 && bias_dtype != shape.dtype) {

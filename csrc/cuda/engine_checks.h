@@ -21,7 +21,6 @@ inline const char* tensor_cores_cannot(const ForwardProblem& problem, int capabi
   if (shape.head_dim > 256 || shape.head_dim_v > 256) {
     return "the head dim is above 256: latent attention decodes on the CPU engine alone";
   }
-  if (problem.block_mask.given()) return "a block_mask is given, which the CPU engine alone takes";
   if (problem.score.bias.data) {
     return "an additive bias is given, which the CPU engine and, forward, decode take";
   }
@@ -29,6 +28,13 @@ inline const char* tensor_cores_cannot(const ForwardProblem& problem, int capabi
     return "the batch or the number of heads is above a CUDA grid's 65535";
   }
   return nullptr;
+}
+
+// Of kernels that walk the band's tiles alone.
+inline const char* band_tiles_cannot(const ForwardProblem& problem) {
+  return problem.block_mask.given()
+             ? "a block_mask is given, which flash2 and the CPU engine alone take"
+             : nullptr;
 }
 
 }  // namespace fal::cuda

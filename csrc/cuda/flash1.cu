@@ -18,6 +18,7 @@ int32_t padded_dim(const Shape& shape) {
 
 const char* flash1_supports_forward(const ForwardProblem& problem, int capability) {
   if (const char* reason = tensor_cores_cannot(problem, capability)) return reason;
+  if (const char* reason = band_tiles_cannot(problem)) return reason;
   if (problem.kv.pages.block_table) return "FlashAttention (1) does not take paged K/V";
   if (padded_dim(problem.shape) > 64 && small_shared_memory(capability)) {
     return "head dims above 64 need 163 KB of shared memory; this device has 99 KB";

@@ -14,7 +14,10 @@
 // a pair of warps shares them: for dK and dV each has all rows and half of the columns.
 //
 // Shared memory:  K V [kTileN][kHeadDim] | kStages of Q, dO [kTileM][kHeadDim] and LSE, delta
-//                 [kTileM] | P^T, dS^T [kTileN][kTileM]
+//                 [kTileM] | P^T, dS^T [kTileN][kTileM] | the list of tiles and a tile's bits,
+//                 where there is a list
+//
+// BandTiles and ListedTiles as in flash2_forward.cuh; here a mask's columns are walked.
 #pragma once
 
 #include "../core/dispatch.h"
@@ -24,8 +27,10 @@
 #include "backward_pieces.cuh"
 #include "flash2.h"
 #include "launch.h"
+#include "mask_bits.cuh"
 #include "nonfinite.cuh"
 #include "softmax.cuh"
+#include "tile_list.cuh"
 
 namespace fal::cuda {
 
@@ -33,10 +38,11 @@ namespace fal::cuda {
 // x 32 scores a warp). dK and dV take kHeadDim registers a thread then, which is too much beside
 // the modified scores at 128 and beside anything above.
 template <class T, int kHeadDim_, class ScoreMod_,
-          bool kWideTile_ = kHeadDim_ <= (ScoreMod_::kGeneral ? 64 : 128)>
+          bool kWideTile_ = kHeadDim_ <= (ScoreMod_::kGeneral ? 64 : 128), class Tiles = BandTiles>
 struct Flash2BackwardConfig {
   using Element = T;
   using ScoreMod = ScoreMod_;
+  static constexpr bool kListed = std::is_same_v<Tiles, ListedTiles>;
   static constexpr int kHeadDim = kHeadDim_;
   static_assert(kHeadDim % 64 == 0 && kHeadDim <= 256, "the swizzle's unit; the register file");
 
@@ -55,7 +61,7 @@ struct Flash2BackwardConfig {
 };
 
 template <class Config>
-struct Flash2BackwardSmem {
+struct Flash2BackwardTiles {
   using Element = typename Config::Element;
   struct Stage {
     Element q[Config::kTileM][Config::kHeadDim];
@@ -68,6 +74,15 @@ struct Flash2BackwardSmem {
   alignas(128) Element p[Config::kTileN][Config::kTileM];  // transposed: [key][row]
   alignas(128) Element ds[Config::kTileN][Config::kTileM];
 };
+template <class Config>
+struct Flash2BackwardListed {
+  Flash2BackwardTiles<Config> tiles;
+  TileList list;
+  typename TileBits<Config::kTileM, Config::kTileN>::Words bits;
+};
+template <class Config>
+using Flash2BackwardSmem =
+    std::conditional_t<Config::kListed, Flash2BackwardListed<Config>, Flash2BackwardTiles<Config>>;
 
 // Walks the tiles of rows of every query head of a group: the same tiles for each.
 struct GroupTiles {
@@ -103,8 +118,8 @@ struct Flash2BackwardScores {
 
   template <int kM, int kN8>
   __device__ __forceinline__ void apply(float (&s)[kM][kN8][4], float (&dp)[kM][kN8][4],
-                                        uint32_t smem_lse, uint32_t smem_delta, const Band& band,
-                                        bool masked, int row, int key, int lane) const {
+                                        uint32_t smem_lse, uint32_t smem_delta, int row, int key,
+                                        int lane) const {
     // The transposed fragment has two rows and two keys of 16 x 16 elements, which lie in two of
     // Philox's blocks: half of each block's draws are other lanes'.
     PhiloxBits bits[kM][2] = {};
@@ -141,8 +156,6 @@ struct Flash2BackwardScores {
         }
       }
     }
-    // Not before: LSE, delta and dP may be NaN where P and dS are 0.
-    if (masked) hide_transposed(s, dp, band, row, key);
   }
 };
 
@@ -152,13 +165,14 @@ __device__ __forceinline__ void backward_of_keys(const BackwardArgs& args, int k
                                                  int head_k, int b) {
   using T = typename Config::Element;
   using ScoreMod = typename Config::ScoreMod;
-  using Smem = Flash2BackwardSmem<Config>;
+  using Smem = Flash2BackwardTiles<Config>;
+  using Listed = Flash2BackwardListed<Config>;
   using Dq = DqSums;
   constexpr int kDim = Config::kHeadDim, kTileM = Config::kTileM, kTileN = Config::kTileN;
   constexpr int kThreads = Config::kThreads, kN8 = Config::kRowsOfWarp / 8;
   constexpr int kM = Config::kM;
   constexpr bool kGeneral = ScoreMod::kGeneral;
-  static_assert(sizeof(Smem) <= kMaxSmemBytes);
+  static_assert(sizeof(Flash2BackwardSmem<Config>) <= kMaxSmemBytes);
   const BackwardProblem& problem = args.problem;
   const ForwardProblem& forward = problem.forward;
   const Shape& shape = forward.shape;
@@ -202,11 +216,29 @@ __device__ __forceinline__ void backward_of_keys(const BackwardArgs& args, int k
     }
   };
 
-  GroupTiles cursor = GroupTiles::make(DenseTilesOfKeys::make(band, keys, kTileM), head_k * group,
-                                       (head_k + 1) * group);
+  const auto candidates = [&] {  // of a list
+    return RowTileCandidates<kTileM>::of_block(forward, keys.begin, kTileN);
+  };
+  auto cursor = [&] {
+    if constexpr (Config::kListed) {
+      return ListCursor::make(smem + offsetof(Listed, list), candidates);
+    } else {
+      return GroupTiles::make(DenseTilesOfKeys::make(band, keys, kTileM), head_k * group,
+                              (head_k + 1) * group);
+    }
+  }();
   Tile tile;
   int h = 0, next_h = 0;
-  bool more = cursor.next(&tile, &next_h);
+  const auto next_tile = [&] {
+    if constexpr (Config::kListed) {
+      const ListedTile listed = cursor.next(candidates);
+      next_h = listed.head;
+      return listed.put(&tile);
+    } else {
+      return cursor.next(&tile, &next_h);
+    }
+  };
+  bool more = next_tile();
   if (more) {
     const ContiguousKv<T> kv = ContiguousKv<T>::make(forward.kv, seq, b, head_k);
     load_tile<T, kDim, kTileN, kThreads, kGeneral>(
@@ -240,7 +272,13 @@ __device__ __forceinline__ void backward_of_keys(const BackwardArgs& args, int k
     });
     h = next_h;
     const int row_begin = tile.range.begin;
-    more = cursor.next(&tile, &next_h);
+    const TileBits<kTileM, kTileN> bits{smem + static_cast<uint32_t>(offsetof(Listed, bits))};
+    if constexpr (Config::kListed) {
+      if (masked) {
+        bits.template look<kThreads>(candidates().sight(h), tile.rule, row_begin, keys.begin);
+      }
+    }
+    more = next_tile();
     if (Config::kStages == 2 && more) load_rows(stage ^ 1, tile, next_h);
     ptx::cp_async_commit();
 
@@ -258,8 +296,18 @@ __device__ __forceinline__ void backward_of_keys(const BackwardArgs& args, int k
         kGeneral ? forward.score.scale : forward.score.scale * kLog2e,
         dropout.threshold ? dropout.keep_scale() : 1.f};
     scores.apply(acc_s, acc_dp, smem_lse + warp_row * sizeof(float),
-                 smem_lse + (kTileM + warp_row) * sizeof(float), band, masked,
+                 smem_lse + (kTileM + warp_row) * sizeof(float),
                  row_begin + warp_row + lane % 4 * 2, keys.begin + warp_key + lane / 4, lane);
+    // Not before: LSE, delta and dP may be NaN where P and dS are 0.
+    if (masked) {
+      if constexpr (Config::kListed) {
+        __syncthreads();  // the tile's bits are there
+        hide_transposed(acc_s, acc_dp, bits, warp_row, warp_key, lane);
+      } else {
+        hide_transposed(acc_s, acc_dp, band, row_begin + warp_row + lane % 4 * 2,
+                        keys.begin + warp_key + lane / 4);
+      }
+    }
     float ones[kM][2];
     fill(ones, 1.f);
     stage_rows<T, kTileM>(smem_p, warp_key, acc_s, ones, lane, warp_row / 16);
@@ -267,7 +315,11 @@ __device__ __forceinline__ void backward_of_keys(const BackwardArgs& args, int k
     __syncthreads();  // P^T and dS^T of all keys and rows are there
 
     const auto sees = [&](int row, int key) {
-      return band.visible(row_begin + row, keys.begin + key);
+      if constexpr (Config::kListed) {
+        return bits.sees(row, key);
+      } else {
+        return band.visible(row_begin + row, keys.begin + key);
+      }
     };
     if (!scattered) {
       FragmentsA<kM, kTileM / 16> frag;
@@ -352,11 +404,20 @@ template <class T>
 cudaError_t flash2_backward_columns_of(const BackwardArgs& args, cudaStream_t stream) {
   const ForwardProblem& forward = args.problem.forward;
   return launch_backward<64, 128, 192, 256>(args, [&](auto dim, auto mod) {
-    using Config = Flash2BackwardConfig<T, dim.value, decltype(mod)>;
-    const dim3 grid(ceil_div(forward.lengths.seqlen_k, Config::kTileN), forward.shape.heads_k,
-                    forward.shape.batch);
-    return launch(flash2_backward_kernel<Config>, grid, Config::kThreads,
-                  sizeof(Flash2BackwardSmem<Config>), stream, args);
+    using Mod = decltype(mod);
+    const auto run = [&](auto tiles) {
+      constexpr bool kWideTile = dim.value <= (Mod::kGeneral ? 64 : 128);
+      using Config = Flash2BackwardConfig<T, dim.value, Mod, kWideTile, decltype(tiles)>;
+      const dim3 grid(ceil_div(forward.lengths.seqlen_k, Config::kTileN), forward.shape.heads_k,
+                      forward.shape.batch);
+      return launch(flash2_backward_kernel<Config>, grid, Config::kThreads,
+                    sizeof(Flash2BackwardSmem<Config>), stream, args);
+    };
+    if constexpr (Mod::kGeneral) {
+      return run(ListedTiles{});
+    } else {
+      return forward.block_mask.given() ? run(ListedTiles{}) : run(BandTiles{});
+    }
   });
 }
 

@@ -6,7 +6,10 @@
 // visible tiles of keys in order: no sums in device memory, so no order of addition but this one.
 // Scores are computed twice then (here and in flash2_backward.cuh): seven products for five.
 //
-// Shared memory:  Q, later dQ, and dO [kTileM][kHeadDim] | kStages of K, V [kTileN][kHeadDim]
+// Shared memory:  Q, later dQ, and dO [kTileM][kHeadDim] | kStages of K, V [kTileN][kHeadDim] |
+//                 with modified scores: the list of tiles
+//
+// The kernel for modified scores takes block masks too: ListedTiles in flash2_forward.cuh's words.
 #pragma once
 
 #include "../core/dispatch.h"
@@ -15,8 +18,10 @@
 #include "backward_pieces.cuh"
 #include "flash2.h"
 #include "launch.h"
+#include "mask_bits.cuh"
 #include "nonfinite.cuh"
 #include "softmax.cuh"
+#include "tile_list.cuh"
 
 namespace fal::cuda {
 
@@ -24,6 +29,7 @@ template <class T, int kHeadDim_, class ScoreMod_>
 struct Flash2BackwardRowsConfig {
   using Element = T;
   using ScoreMod = ScoreMod_;
+  static constexpr bool kListed = ScoreMod::kGeneral;
   static constexpr int kHeadDim = kHeadDim_;
   static_assert(kHeadDim % 64 == 0 && kHeadDim <= 256, "the swizzle's unit; the register file");
 
@@ -36,7 +42,7 @@ struct Flash2BackwardRowsConfig {
 };
 
 template <class Config>
-struct Flash2BackwardRowsSmem {
+struct Flash2BackwardRowsTiles {
   using Element = typename Config::Element;
   struct Stage {
     Element k[Config::kTileN][Config::kHeadDim], v[Config::kTileN][Config::kHeadDim];
@@ -45,17 +51,21 @@ struct Flash2BackwardRowsSmem {
   alignas(128) Element dout[Config::kTileM][Config::kHeadDim];
   alignas(128) Stage stage[Config::kStages];
 };
+template <class Config>
+using Flash2BackwardRowsSmem =
+    std::conditional_t<Config::kListed, WithTileList<Flash2BackwardRowsTiles<Config>>,
+                       Flash2BackwardRowsTiles<Config>>;
 
 template <class Config>
 __global__ void __launch_bounds__(Config::kThreads, 1)
     flash2_backward_rows_kernel(const __grid_constant__ BackwardArgs args) {
   using T = typename Config::Element;
   using ScoreMod = typename Config::ScoreMod;
-  using Smem = Flash2BackwardRowsSmem<Config>;
+  using Smem = Flash2BackwardRowsTiles<Config>;
   constexpr int kDim = Config::kHeadDim, kTileM = Config::kTileM, kTileN = Config::kTileN;
   constexpr int kThreads = Config::kThreads, kN8 = kTileN / 8;
   constexpr bool kGeneral = ScoreMod::kGeneral;
-  static_assert(sizeof(Smem) <= kMaxSmemBytes);
+  static_assert(sizeof(Flash2BackwardRowsSmem<Config>) <= kMaxSmemBytes);
   const BackwardProblem& problem = args.problem;
   const ForwardProblem& forward = problem.forward;
   const Shape& shape = forward.shape;
@@ -90,9 +100,25 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
                                                    StridedRows<T>{kv.v_row(begin), kv.v_stride});
   };
 
-  DenseTilesOfRows cursor = DenseTilesOfRows::make(band, rows, kTileN);
+  const auto candidates = [&] {  // of a list
+    return KeyTileCandidates<kTileN>::of_block(forward, rows.begin, kTileM);
+  };
+  auto cursor = [&] {
+    if constexpr (Config::kListed) {
+      return ListCursor::make(smem + offsetof(WithTileList<Smem>, list), candidates);
+    } else {
+      return DenseTilesOfRows::make(band, rows, kTileN);
+    }
+  }();
+  const auto next_tile = [&](Tile* tile) {
+    if constexpr (Config::kListed) {
+      return cursor.next(candidates).put(tile);
+    } else {
+      return cursor.next(tile);
+    }
+  };
   Tile tile, next;
-  bool more = cursor.next(&tile);
+  bool more = next_tile(&tile);
   const auto rows_of_q = [&] {
     return StridedRows<T>{forward.q.as<const T>().at(b, seq.row_q + rows.begin, h), forward.q.row};
   };
@@ -104,7 +130,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     load_tile<T, kDim, kTileM, kThreads, kGeneral>(smem_dout, {0, rows.size()}, shape.head_dim_v,
                                                    args.aligned,
                                                    StridedRows<T>{dout.at(b, row, h), dout.row});
-    load_keys(0, tile.range.begin, visible.begin);
+    load_keys(0, tile.range.begin,
+              Config::kListed ? max(tile.range.begin, visible.begin) : visible.begin);
   }
   ptx::cp_async_commit();
 
@@ -135,9 +162,16 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
     const bool masked = tile.kind == TileKind::kPartial || tile.range.size() < kTileN;
     const bool scattered =
         sync_and_find(masked, [&] { return copied_nonfinite<T, kDim, kTileN, kThreads>(smem_k); });
-    more = cursor.next(&next);
+    more = next_tile(&next);
     if (Config::kStages == 2 && more) load_keys(stage ^ 1, next.range.begin, next.range.begin);
     ptx::cp_async_commit();
+
+    WarpBits<16, kTileN> bits;
+    if constexpr (Config::kListed) {
+      if (masked) {
+        bits.look(candidates().sight, tile.rule, rows.begin + warp_row, tile.range.begin, lane);
+      }
+    }
 
     float acc_s[1][kN8][4], acc_dp[1][kN8][4];
     clear(acc_s);
@@ -168,7 +202,13 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       }
     }
     // Not before: LSE, delta and dP may be NaN where dS is 0.
-    if (masked) hide(acc_s, band, lane_row, key, 0.f);
+    if (masked) {
+      if constexpr (Config::kListed) {
+        hide(acc_s, bits, lane, 0.f);
+      } else {
+        hide(acc_s, band, lane_row, key, 0.f);
+      }
+    }
     FragmentsA<1, kN8 / 2> frag_ds;
     pack_fragments<T>(frag_ds, acc_s);
     if (!scattered) {
@@ -182,7 +222,11 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
       multiply_seen<T, kDim>(
           acc_dq, smem_k, kTileN, lane, 0,
           [&](int r, int k) {
-            return band.visible(rows.begin + warp_row + r, tile.range.begin + k);
+            if constexpr (Config::kListed) {
+              return bits.sees(r, k);
+            } else {
+              return band.visible(rows.begin + warp_row + r, tile.range.begin + k);
+            }
           },
           [&](int r, int k) { return fragment_element<T, 1>(smem_ds, r, k); });
       __syncthreads();  // every warp is done with its dS
@@ -218,7 +262,8 @@ __global__ void __launch_bounds__(Config::kThreads, 1)
 template <class T>
 cudaError_t flash2_backward_rows_of(const BackwardArgs& args, cudaStream_t stream) {
   const ForwardProblem& forward = args.problem.forward;
-  return launch_backward<64, 128, 192, 256>(args, [&](auto dim, auto mod) {
+  const bool plain = !forward.block_mask.given();
+  return launch_backward<64, 128, 192, 256>(args, plain, [&](auto dim, auto mod) {
     using Config = Flash2BackwardRowsConfig<T, dim.value, decltype(mod)>;
     const dim3 grid(ceil_div(forward.lengths.seqlen_q, Config::kTileM), forward.shape.heads_q,
                     forward.shape.batch);

@@ -53,7 +53,13 @@ struct Mask {
 struct Head {
   fal::Band band;
   fal::HeadMask mask;
+
+  fal::Sight sight() const { return {band, true, mask}; }
 };
+
+std::pair<int32_t, int32_t> kind_and_rule(const fal::Tile& tile) {
+  return {static_cast<int32_t>(tile.kind), tile.rule};
+}
 
 // (n, 4): begin, end, kind, rule
 template <class Cursor>
@@ -106,6 +112,21 @@ PYBIND11_MODULE(block_mask, m) {
             return static_cast<int32_t>(head.mask.classify(head.band, {rows.first, rows.second},
                                                            {keys.first, keys.second}));
           })
+      // By tables of rows and of columns: (kind, rule).
+      .def(
+          "tile_of_keys",
+          [](const Head& head, std::pair<int32_t, int32_t> rows, std::pair<int32_t, int32_t> keys) {
+            return kind_and_rule(
+                head.sight().tile_of_keys({rows.first, rows.second}, {keys.first, keys.second}));
+          })
+      .def(
+          "tile_of_rows",
+          [](const Head& head, std::pair<int32_t, int32_t> rows, std::pair<int32_t, int32_t> keys) {
+            return kind_and_rule(
+                head.sight().tile_of_rows({rows.first, rows.second}, {keys.first, keys.second}));
+          })
+      .def("word", [](const Head& head, int32_t rule, int32_t i,
+                      int32_t j) { return head.sight().word(rule, i, j); })
       .def("next_key",
            [](const Head& head, int32_t begin, int32_t end, int32_t from) {
              return head.mask.next_key(head.band, {begin, end}, from);

@@ -26,6 +26,24 @@ RowStats row_stats(const py::dict& d, const char* name) {
   return {pointer<float>(t[0]), t[1].cast<int64_t>(), t[2].cast<int64_t>(), t[3].cast<int64_t>()};
 }
 
+// The arrays lie one behind the other, as csrc/torch/block_mask.h tells: cuda_problem.py cuts them.
+BlockMask block_mask(const py::dict& d) {
+  const auto integer = [&](const char* name) { return d[name].cast<int32_t>(); };
+  const auto array = [&](const char* name) { return pointer<const int32_t>(d[name]); };
+  return {integer("seqlen_q"),
+          integer("seqlen_k"),
+          integer("block_q"),
+          integer("block_k"),
+          integer("batch"),
+          integer("heads"),
+          {array("row_start"), array("row_index"), array("row_rule")},
+          {array("column_start"), array("column_index"), array("column_rule")},
+          array("bands"),
+          array("documents_q"),
+          array("documents_k"),
+          pointer<const uint32_t>(d["bitmaps"])};
+}
+
 ForwardProblem forward_problem(const py::dict& d) {
   ForwardProblem p{};
   const auto integer = [&](const char* name) { return d[name].cast<int32_t>(); };
@@ -42,6 +60,7 @@ ForwardProblem forward_problem(const py::dict& d) {
                indices("cu_seqlens_k"), indices("seqused_q"), indices("seqused_k"),
                indices("leftpad_k")};
   p.window = {integer("window_left"), integer("window_right")};
+  if (d.contains("block_mask")) p.block_mask = block_mask(d["block_mask"]);
   p.score.scale = d["scale"].cast<float>();
   p.score.softcap = d["softcap"].cast<float>();
   p.score.alibi_slopes = pointer<const float>(d["alibi_slopes"]);

@@ -73,6 +73,34 @@ def _bias(module: ModuleType, bias: Tensor | None) -> tuple[int, ...]:
     return (_address(module, bias, "bias"), *strides, ALL_DTYPES[bias.dtype])
 
 
+def _block_mask(module: ModuleType, packed: Tensor, layout: Tensor) -> dict[str, int]:
+    """Where each array of a packed mask is: csrc/torch/block_mask.h has their order."""
+    names = ("seqlen_q", "seqlen_k", "block_q", "block_k", "batch", "heads")
+    fields = dict(zip(names, layout.tolist(), strict=False))
+    entries, documents, bitmaps = layout.tolist()[6:]
+    tables = fields["batch"] * fields["heads"]
+    blocks_q, blocks_k = (-(-fields[f"seqlen_{s}"] // fields[f"block_{s}"]) for s in "qk")
+    sizes = {
+        "row_start": tables * (blocks_q + 1),
+        "row_index": entries,
+        "row_rule": entries,
+        "column_start": tables * (blocks_k + 1),
+        "column_index": entries,
+        "column_rule": entries,
+        "bands": 2 * tables,
+        "documents_q": documents * tables * fields["seqlen_q"],
+        "documents_k": documents * tables * fields["seqlen_k"],
+        "bitmaps": bitmaps * fields["block_q"] * -(-fields["block_k"] // 32),
+    }
+    assert sum(sizes.values()) == packed.numel()
+    address = _address(module, packed, "block_mask")
+    for name, size in sizes.items():
+        required = not name.startswith(("documents", "bitmaps"))
+        fields[name] = address if size or required else 0
+        address += size * packed.element_size()
+    return fields
+
+
 def _problem(module: ModuleType, q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> dict:
     """The fields of ForwardProblem but out and lse."""
     varlen_q, table = q.dim() == 3, o.get("block_table")
@@ -130,6 +158,13 @@ def _problem(module: ModuleType, q: Tensor, k: Tensor, v: Tensor, o: dict[str, A
     for name, t in (("q", q), ("k", k), ("v", v)):
         _address(module, t, name)
         problem[name] = _view(t)
+    if o.get("block_mask") is not None:
+        mask = o["block_mask"]  # or as the operators get it, packed
+        packed = (
+            (mask, o["block_mask_layout"]) if isinstance(mask, Tensor) else mask.packed(q.device)
+        )
+        problem["keep_alive"] = (index, packed)
+        problem["block_mask"] = _block_mask(module, *packed)
     for name in ("k_scale", "v_scale"):  # (batch, row, head), or (row, head) of varlen keys
         t = o.get(name)
         _address(module, t, name)

@@ -134,7 +134,7 @@ struct Flash1Tiled : Flash1ForwardConfig<T, kDim, NoScoreMod> {
 };
 
 template <int kTileM_>
-struct Flash2Tiled : Flash2ForwardConfig<T, kDim, NoScoreMod, ContiguousKv<T>> {
+struct Flash2Tiled : Flash2ForwardConfig<T, kDim, NoScoreMod, ContiguousKv<T>, BandTiles> {
   static constexpr int kTileM = kTileM_, kWarps = kTileM / 32, kThreads = kWarps * kWarpSize;
 };
 

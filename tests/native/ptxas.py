@@ -69,8 +69,10 @@ def demangle(names: list[str]) -> list[str]:
 
 
 def short_name(name: str) -> str:
-    """flash2_forward_kernel<128, NoScoreMod, ContiguousKv>: what tells kernels apart."""
+    """flash2_forward_kernel<128, NoScoreMod, ContiguousKv>: what tells kernels apart. Tiles go
+    without saying unless they are listed."""
     name = re.sub(r"\(.*\)$", "", name.removeprefix("void "))
+    name = name.replace(", fal::cuda::BandTiles", "")
     name = re.sub(r"fal::cuda::|fal::|__nv_bfloat16, |<__nv_bfloat16>", "", name)
     return re.sub(r"(\w+)<\w+Config<(.*)> ?>$", r"\1<\2>", name).replace(" >", ">")
 
