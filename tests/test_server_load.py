@@ -134,7 +134,9 @@ def test_too_many_at_once_are_told_to_come_again(tokenizer: Tokenizer) -> None:
         assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
         assert "above the limit of 4" in refused.json()["error"]["message"]
         with ThreadPoolExecutor(12) as pool:
-            posts = [pool.submit(httpx.post, url + COMPLETIONS, json=body) for _ in range(12)]
+            posts = [
+                pool.submit(httpx.post, url + COMPLETIONS, json=body, timeout=60) for _ in range(12)
+            ]
             found = [post.result().status_code for post in posts]
         assert set(found) == {200, 503} and found.count(200) >= 4
         assert client.post(COMPLETIONS, json=body).status_code == 200  # and later there is room
@@ -145,7 +147,7 @@ def test_all_choices_of_a_request_are_taken_or_none(tokenizer: Tokenizer) -> Non
     engine, app = fake(tokenizer, step_s=0.001)
     with serving(app) as url:
         body = {"prompt": ["good", "x " * 2000], "max_tokens": 500}
-        answer = httpx.post(url + COMPLETIONS, json=body)
+        answer = httpx.post(url + COMPLETIONS, json=body, timeout=60)
         assert answer.status_code == 400
         wait_until(lambda: not engine.entries, "the good one is taken back")
         assert len(engine.aborted) == 1
@@ -172,13 +174,15 @@ def test_a_broken_engine_ends_everything_with_an_error(
     _, app = fake(tokenizer, fail_at=20, step_s=0.005)
     body = {"prompt": "a b c", "max_tokens": 500}
     with serving(app) as url, ThreadPoolExecutor(5) as pool:
-        posts = [pool.submit(httpx.post, url + COMPLETIONS, json=body) for _ in range(5)]
+        posts = [
+            pool.submit(httpx.post, url + COMPLETIONS, json=body, timeout=60) for _ in range(5)
+        ]
         for post in posts:
             answer = post.result()
             assert answer.status_code in (500, 503)  # 503 if it came too late
             assert "the fake engine breaks" in answer.json()["error"]["message"]
         assert httpx.get(url + "/health").status_code == 503
-        late = httpx.post(url + COMPLETIONS, json=body)
+        late = httpx.post(url + COMPLETIONS, json=body, timeout=60)
         assert late.status_code == 503 and "has failed" in late.json()["error"]["message"]
     assert "the engine has failed" in caplog.text
 
