@@ -162,6 +162,33 @@ FAL_INLINE void prefetch_row(const E* row, int dims) {
   }
 }
 
+// One line of every 4 KB that rows of `width` bytes touch, `stride` apart.
+FAL_INLINE void prefetch_pages(const char* first, int64_t stride, int rows, int64_t width) {
+  constexpr int64_t kPage = 4096;
+  int64_t next = 0;
+  for (int i = 0; i < rows; ++i) {
+    for (int64_t at = i * stride; at < i * stride + width; at += kPage) {
+      if (at < next) continue;
+      __builtin_prefetch(first + at, 0, 2);
+      next = at + kPage;
+    }
+  }
+}
+
+// Of the tile that begins with key `begin`, a tile before it is needed: finding where its memory
+// pages are takes longer than reading them.
+template <class E>
+FAL_INLINE void prefetch_pages_of_tile(const KvRuns& runs, const DecodeHeads& heads, int begin,
+                                       int dims, int dims_v) {
+  const KvRun run = runs.at(begin);
+  const int rows = min_int(run.rows, kDecodeKeys);
+  const auto width = [&](int64_t head_stride, int dims) {
+    return ((heads.count - 1) * head_stride + dims) * static_cast<int64_t>(sizeof(E));
+  };
+  prefetch_pages(run.k, runs.k_stride(), rows, width(heads.k_stride, dims));
+  prefetch_pages(run.v, runs.v_stride(), rows, width(heads.v_stride, dims_v));
+}
+
 // How many rows of K are asked for ahead of those in use. The processor's prefetchers start anew in
 // every 4 KB and lag behind rows of 16 bits and less; with fp32 they keep up, and this only costs.
 template <class E>
