@@ -40,18 +40,16 @@ def compile_file(source: Path, flags: Sequence[str]) -> Path:
 
 def engine_objects(flags: Sequence[str], amx_flags: Sequence[str] = ()) -> dict[str, Path]:
     """An object for each instruction set, and the others; amx_flags are for those of AMX alone."""
-    objects = {
-        isa: compile_file(
-            ENGINE / f"attention_{isa}.cpp",
-            [*flags, *isa_flags, *(amx_flags if isa == "amx" else ())],
-        )
-        for isa, isa_flags in ISA_FLAGS.items()
-    }
-    objects |= {
-        name: compile_file(ENGINE / f"{name}.cpp", flags) for name in ("engine", "parallel")
-    }
-    objects["amx_support"] = compile_file(ENGINE / "amx_support.cpp", [*flags, *amx_flags])
-    return objects
+    of_amx = [*flags, *amx_flags]
+    files = {isa: (f"attention_{isa}", [*flags, *own]) for isa, own in ISA_FLAGS.items()}
+    files |= {name: (name, flags) for name in ("engine", "parallel")}
+    files |= {"amx_support": ("amx_support", of_amx)}
+    if "amx" in ISA_FLAGS:
+        files["amx"] = ("attention_amx", [*of_amx, *ISA_FLAGS["amx"]])
+    objects = build.side_by_side(
+        lambda file: compile_file(ENGINE / f"{file[0]}.cpp", file[1]), files.values()
+    )
+    return dict(zip(files, objects, strict=True))
 
 
 def program(name: str, flags: Sequence[str], amx_flags: Sequence[str] = ()) -> Path:

@@ -11,12 +11,15 @@ import os
 import shlex
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import pybind11
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path(__file__).resolve().parent / "build"
 CXX = os.environ.get("CXX", "g++")
@@ -81,11 +84,17 @@ def build_object(source: Path, compile_flags: Sequence[str]) -> Path:
     return make(BUILD / f"{source.stem}-{key}.o", command, [source], depfile=True)
 
 
+def side_by_side(compile_one: Callable[[T], Path], what: Iterable[T]) -> list[Path]:
+    """The objects of several files, as many compilations at a time as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, what))
+
+
 def build(
     output: Path, sources: Sequence[Path], compile_flags: Sequence[str], link_flags: Sequence[str]
 ) -> Path:
     """Compiles each source and links them."""
-    objects = [build_object(Path(source), compile_flags) for source in sources]
+    objects = side_by_side(lambda source: build_object(source, compile_flags), sources)
     command = [*shlex.split(CXX), *link_flags, *map(str, objects)]
     return make(output, command, objects, depfile=False)
 
