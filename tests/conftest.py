@@ -2,11 +2,17 @@
 
 import json
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from flashattn_lite import _ops
+
+if TYPE_CHECKING:
+    from served_model import Server
+
+    from flashattn_lite.serving.tokenizer import Tokenizer
 
 ISAS: list[str] = json.loads(_ops.build_info())["cpu"]["isas"]
 
@@ -28,3 +34,21 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _ops.set_cpu_isa(request.param)
     yield request.param
     _ops.set_cpu_isa(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> "Tokenizer":
+    """The embedded model's."""
+    from flashattn_lite.serving import load_tokenizer
+    from flashattn_lite.serving.command import EMBEDDED
+
+    return load_tokenizer(EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator["Server"]:
+    """A server on the embedded model, which must have leaked nothing at the end of the file."""
+    from served_model import served_model
+
+    with served_model() as found:
+        yield found

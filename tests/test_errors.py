@@ -159,7 +159,7 @@ def test_a_bad_argument_is_named(
 )
 def test_the_reference_path_refuses_the_same(arguments: dict[str, Any], text: str) -> None:
     """float64 goes through the reference: what the operator refuses must be refused there too,
-    except where float64 is what makes it right."""
+    except what the reference can compute."""
     legal = (
         "head_dim 257",
         "head_dim 577",
@@ -168,7 +168,8 @@ def test_the_reference_path_refuses_the_same(arguments: dict[str, Any], text: st
         "max_seqlen_q is 31",
     )
     if any(part in text for part in legal):
-        pytest.skip("not an error through the reference")
+        attention(**arguments, backend="reference")
+        return
     with pytest.raises(ArgumentError, match=r"^attention: "):
         attention(**arguments, backend="reference")
 

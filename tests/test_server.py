@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,23 +13,12 @@ import openai
 import pytest
 from fake_engine import FakeEngine
 from serve_http import serving
-from served_model import COMPLETIONS, PROMPT, Server, direct, served_model
+from served_model import COMPLETIONS, PROMPT, Server, direct
 
-from flashattn_lite.serving import RequestOutput, load_tokenizer
-from flashattn_lite.serving.command import EMBEDDED, EMBEDDED_NAME
+from flashattn_lite.serving import RequestOutput
+from flashattn_lite.serving.command import EMBEDDED_NAME
 from flashattn_lite.serving.server import create_app
 from flashattn_lite.serving.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(EMBEDDED)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with served_model() as found:
-        yield found
 
 
 def test_models_are_listed(server: Server) -> None:

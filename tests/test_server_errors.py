@@ -9,15 +9,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from served_model import CHAT, COMPLETIONS, PROMPT, Server, served_model
+from served_model import CHAT, COMPLETIONS, PROMPT, Server
 
 from flashattn_lite.serving.command import EMBEDDED_NAME
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with served_model() as found:
-        yield found
 
 
 @pytest.fixture

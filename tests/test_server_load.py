@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,24 +18,12 @@ import openai
 import pytest
 from fake_engine import FakeEngine
 from serve_http import serving, wait_until
-from served_model import COMPLETIONS, PROMPT, Server, direct, served_model
+from served_model import COMPLETIONS, PROMPT, Server, direct
 
 import flashattn_lite
-from flashattn_lite.serving import load_tokenizer
-from flashattn_lite.serving.command import EMBEDDED, EMBEDDED_NAME
+from flashattn_lite.serving.command import EMBEDDED_NAME
 from flashattn_lite.serving.server import Limits, create_app
 from flashattn_lite.serving.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(EMBEDDED)
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with served_model() as found:
-        yield found
 
 
 def test_200_clients_at_once_all_get_their_own_answer(server: Server) -> None:

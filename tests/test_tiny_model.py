@@ -13,17 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from flashattn_lite.serving import Engine, EngineConfig, SamplingParams, load_model, load_tokenizer
+from flashattn_lite.serving import Engine, EngineConfig, SamplingParams, load_model
 from flashattn_lite.serving.command import EMBEDDED
 from flashattn_lite.serving.tokenizer import Tokenizer
 
 TEXT = "import os\n\n\ndef read(path):\n    with open(path) as file:\n        return file.read()\n"
 FACTS: dict[str, Any] = json.loads((EMBEDDED / "training.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return load_tokenizer(EMBEDDED)
 
 
 @pytest.fixture(scope="module")
