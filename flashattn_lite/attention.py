@@ -55,6 +55,25 @@ def _window(window: Any, causal: bool, name: str) -> tuple[int, int]:
     return left, 0 if causal else right
 
 
+def flash_window(window_size: Any, seqlen_k: int, name: str) -> Window:
+    """flash_attn's convention: a negative side, or one as long as the keys, is unbounded."""
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name}: window_size is {window_size!r}; it must be a pair (left, right) of ints"
+        ) from None
+    if not (type(left) is type(right) is int):
+        left = _argument_types.index(name, "window_size[0]", left)
+        right = _argument_types.index(name, "window_size[1]", right)
+    if left < 0 and right < 0:
+        return UNBOUNDED
+    return (
+        None if left < 0 or left >= seqlen_k else left,
+        None if right < 0 or right >= seqlen_k else right,
+    )
+
+
 def _default_scale(name: str, q: Tensor) -> float:
     if q.is_nested:
         _argument_types.dense(name, q=q)

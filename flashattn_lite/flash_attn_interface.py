@@ -18,9 +18,9 @@ from flashattn_lite import _argument_types, inspection
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.attention import (
     UNBOUNDED,
-    Window,
     attention,
     draw_dropout_seed,
+    flash_window,
     plain_attention,
 )
 from flashattn_lite.block_mask import BlockMask
@@ -49,25 +49,6 @@ def _get_block_size_n(_device: Any, _head_dim: int, _is_dropout: bool, _is_causa
     """Keys over which S_dmask is scaled by one maximum: here the whole row. (flash_attn's tests
     ask, to turn S_dmask into probabilities.)"""
     return 1 << 30
-
-
-def _flash_window(window_size: Any, seqlen_k: int, name: str) -> Window:
-    """flash_attn's convention: a negative side, or one as long as the keys, is unbounded."""
-    try:
-        left, right = window_size
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{name}: window_size is {window_size!r}; it must be a pair (left, right) of ints"
-        ) from None
-    if not (type(left) is type(right) is int):
-        left = _argument_types.index(name, "window_size[0]", left)
-        right = _argument_types.index(name, "window_size[1]", right)
-    if left < 0 and right < 0:
-        return UNBOUNDED
-    return (
-        None if left < 0 or left >= seqlen_k else left,
-        None if right < 0 or right >= seqlen_k else right,
-    )
 
 
 def _unpacked(name: str, argument: str, t: Tensor, dim: int, parts: int) -> tuple[Tensor, ...]:
@@ -111,7 +92,7 @@ def _attend(
         if not isinstance(k, Tensor) or k.is_nested:
             _argument_types.dense(name, k=k)
         seqlen_k = lengths.get("max_seqlen_k", k.shape[1] if k.dim() > 1 else 0)
-        window = _flash_window(window_size, seqlen_k, name)
+        window = flash_window(window_size, seqlen_k, name)
     if not (type(dropout_p) is type(softcap) is float and type(return_attn_probs) is bool):
         dropout_p = _argument_types.number(name, "dropout_p", dropout_p)
         softcap = _argument_types.number(name, "softcap", softcap)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashattn_lite import _argument_types, _ops
 from flashattn_lite._ops import ArgumentError
-from flashattn_lite.attention import attention
+from flashattn_lite.attention import UNBOUNDED, attention, flash_window
 from flashattn_lite.block_mask import BlockMask
 from flashattn_lite.tree import check_lengths, check_tree, tree_attention
 
@@ -121,21 +121,6 @@ def _lengths(cache_seqlens: Any, q: Tensor) -> Tensor | None:
             f"{_NAME}: cache_seqlens is {length}; it must be 0 to the cache's length"
         )
     return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
-
-
-def _window(window_size: Any, capacity: int) -> tuple[int | None, int | None]:
-    try:
-        left, right = window_size
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{_NAME}: window_size is {window_size!r}; it must be a pair (left, right) of ints"
-        ) from None
-    left = _argument_types.index(_NAME, "window_size[0]", left)
-    right = _argument_types.index(_NAME, "window_size[1]", right)
-    return (
-        None if left < 0 or left >= capacity else left,
-        None if right < 0 or right >= capacity else right,
-    )
 
 
 def _check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
@@ -299,9 +284,19 @@ def flash_attn_with_kvcache(
             )
     _check_caches(k_cache, v_cache)
 
+    capacity = k_cache.shape[1]
+    if block_table is not None:
+        if block_table.dim() != 2:
+            raise ArgumentError(
+                f"{_NAME}: block_table has shape {tuple(block_table.shape)}; it must be (batch, "
+                "pages of the longest sequence)"
+            )
+        capacity *= block_table.shape[1]
+    window = flash_window(window_size, capacity, _NAME)
+    lengths = _lengths(cache_seqlens, q)
     if tree_mask is not None:
         by_order = {
-            **{"causal": causal, "window_size": tuple(window_size) != (-1, -1)},
+            **{"causal": causal, "window_size": window != UNBOUNDED},
             **{"alibi_slopes": alibi_slopes is not None, "rotary_cos": rotary_cos is not None},
             "block_mask": block_mask is not None,
         }
@@ -311,16 +306,6 @@ def flash_attn_with_kvcache(
             raise ArgumentError(f"{_NAME}: tree_mask {clash}")
         check_tree(tree_mask, q, _NAME)
 
-    capacity = k_cache.shape[1]
-    if block_table is not None:
-        if block_table.dim() != 2:
-            raise ArgumentError(
-                f"{_NAME}: block_table has shape {tuple(block_table.shape)}; it must be (batch, "
-                "pages of the longest sequence)"
-            )
-        capacity *= block_table.shape[1]
-    window = _window(window_size, capacity)
-    lengths = _lengths(cache_seqlens, q)
     if cache_batch_idx is not None:
         _check_batch_idx(cache_batch_idx, lengths, 0 if k is None else k.shape[1])
         block_table = cache_batch_idx[:, None]
@@ -374,7 +359,7 @@ def flash_attn_with_kvcache(
         if rotary_cos is not None and rotary_sin is not None:
             q = rotate(
                 *(q, rotary_cos, rotary_sin, lengths),
-                advance=causal or window != (None, None),
+                advance=causal or window != UNBOUNDED,
                 interleaved=rotary_interleaved,
                 name=_NAME,
             )
