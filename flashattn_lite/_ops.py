@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import register_fake
 
 TORCH_FLOOR = (2, 10)
 
@@ -161,9 +162,9 @@ def _fake_backward_plain(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-torch.library.register_fake("flashattn_lite::forward", _fake_forward)
-torch.library.register_fake("flashattn_lite::forward_plain", _fake_forward_plain)
-torch.library.register_fake("flashattn_lite::backward", _fake_backward)
-torch.library.register_fake("flashattn_lite::backward_plain", _fake_backward_plain)
-torch.library.register_fake("flashattn_lite::rotate", lambda x, *_: x.new_empty(x.shape))
-torch.library.register_fake("flashattn_lite::append_kv", lambda *_: None)
+register_fake("flashattn_lite::forward", _fake_forward)
+register_fake("flashattn_lite::forward_plain", _fake_forward_plain)
+register_fake("flashattn_lite::backward", _fake_backward)
+register_fake("flashattn_lite::backward_plain", _fake_backward_plain)
+register_fake("flashattn_lite::rotate", lambda x, *_: x.new_empty(x.shape))
+register_fake("flashattn_lite::append_kv", lambda *_: None)

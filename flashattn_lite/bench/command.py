@@ -148,7 +148,7 @@ def run(known: argparse.Namespace) -> int:
 def _measure(known: argparse.Namespace) -> int:
     device = _device(known.device)
     if known.isa and not isa.is_set(known.isa):
-        available = machine.library()["build"]["cpu"]["isas"]
+        available = machine.installed()["build"]["cpu"]["isas"]
         if known.isa not in available:
             raise ValueError(
                 f"--isa {known.isa}: this build runs {', '.join(available)} on this processor"
@@ -265,7 +265,7 @@ def _without_paths(arguments: list[str]) -> str:
 
 
 def _device(wanted: str) -> str:
-    kernels = machine.library()["build"]["cuda"] is not None
+    kernels = machine.installed()["build"]["cuda"] is not None
     if wanted == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no CUDA device")

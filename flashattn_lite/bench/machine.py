@@ -74,7 +74,7 @@ def gpus() -> list[dict[str, Any]]:
     return found
 
 
-def library() -> dict[str, Any]:
+def installed() -> dict[str, Any]:
     """This library: version, where it is, the git commit of a checkout, what it was built for."""
     import flashattn_lite
     from flashattn_lite import _ops
@@ -126,7 +126,7 @@ def describe() -> dict[str, Any]:
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0,
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "library": library(),
+        "library": installed(),
         "torch": pytorch(),
     }
 

@@ -27,11 +27,12 @@ _DEPTH = 32  # torch's kernel reads past the end of rows that are no multiple of
 
 def _torchao() -> Any:
     """torchao.quantization, without what its import says about CUDA kernels that it misses."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         return require("torchao.quantization", extra="int8")
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 class Int8Linear(Linear):
