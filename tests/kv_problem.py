@@ -24,6 +24,7 @@ AXES: dict[str, tuple[Any, ...]] = {
         (False, (33, 2)),
         (True, (70, -1)),
         (False, (10**6, 0)),
+        (False, (10**6, -1)),  # no window: rows that do not advance are rotated alike
     ),
     "score": ("", "softcap", "alibi", "alibi_batch", "sinks", "all"),
     "lengths": ((5, 61, 0), (130, 64, 1), (1100, 513)),

@@ -34,6 +34,7 @@ from flashattn_lite.layers.rotary import apply_rotary_emb, apply_rotary_emb_kv_
 Q, CU = torch.zeros(2, 3, 2, 8), torch.tensor([0, 3, 6], dtype=torch.int32)
 TABLE, ROW = torch.zeros(9, 4), torch.zeros(6, 2, 8)
 HEADS_FIRST = Q.transpose(1, 2)
+FP8 = Q[None, ..., 0].to(torch.float8_e4m3fn)
 SPARSE, NESTED = Q.to_sparse(), torch.nested.nested_tensor([Q[0], Q[1]])
 
 
@@ -71,6 +72,7 @@ SPARSE, NESTED = Q.to_sparse(), torch.nested.nested_tensor([Q[0], Q[1]])
         (lambda: scaled_dot_product_attention(Q, Q, Q, scale="x"), "scale is 'x'; it must be a f"),
         (lambda: merge_attention_states(Q, Q, 3, Q), "out_b is 3; it must be a torch.Tensor"),
         (lambda: flash_attn_combine(Q[None], Q[None, ..., 0].int()), "lse_partial is int32; it"),
+        (lambda: flash_attn_combine(Q[None], FP8), "lse_partial is float8_e4m3fn; it must be"),
         (lambda: flash_attn_combine(Q[None], Q[None, ..., 0], out_dtype=3), "out_dtype is 3; it"),
         (lambda: unpad_input(Q, Q[..., 0, 0], 4), "unused_mask is 4; it must be a torch.Tensor"),
         (lambda: unpad_input(Q, Q[0, :, 0]), "attention_mask has shape (3, 8); it must be (2, 3)"),

@@ -242,6 +242,15 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
         _paged(rotary_cos=torch.ones(20, 5), rotary_sin=torch.ones(20, 5)),
         "rotary_dim <= head_dim 8",
     ),
+    "batch_idx that writes a row twice": (
+        _contiguous(
+            cache_batch_idx=int32(1, 1),
+            cache_seqlens=int32(4, 5),
+            k=torch.randn(2, 2, 2, 8),
+            v=torch.randn(2, 2, 2, 8),
+        ),
+        "cache_batch_idx names entry 1 of k_cache twice, and both write row 5",
+    ),
     "batch_idx beyond": (
         _contiguous(cache_batch_idx=int32(0, 2)),
         "cache_batch_idx[1] is 2 but the cache has 2",

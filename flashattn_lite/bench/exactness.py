@@ -1,7 +1,8 @@
 """Before time is taken: a contender's result against the float64 oracle, on probes of the case.
 
-Forward: rows at the start, in the middle and at the end of the first and the last head. Backward:
-all of one head, because every row contributes to dK and dV. Outputs and gradients must stay within
+Forward: rows at the start, in the middle and at the end of the first and the last head; over a
+cache, those of the first, the shortest and the last sequence. Backward: all of one head, because
+every row contributes to dK and dV. Outputs and gradients must stay within
 ``flashattn_lite.testing.error_budget``: 2 and 3 times what rounding alone costs in that dtype.
 """
 
@@ -54,11 +55,11 @@ class Truth:
 def probes(case: Case) -> list[tuple[int, int, int, int]]:
     """(sequence, head, first row, last row + 1)."""
     lengths = case.sequences()
-    if case.tokens:
-        heads = (0, case.heads - 1)
-        return [(s, h, 0, case.tokens) for s in {0, len(lengths) - 1} for h in heads]
     longest = lengths.index(max(lengths))
     shortest = lengths.index(min(lengths))
+    if case.tokens:
+        sequences = sorted({0, shortest, len(lengths) - 1})
+        return [(s, h, 0, case.tokens) for s in sequences for h in (0, case.heads - 1)]
     if case.backward:
         found = {(longest, case.heads - 1, 0, lengths[longest])}
         return sorted(found | {(shortest, 0, 0, lengths[shortest])} if case.lengths else found)
