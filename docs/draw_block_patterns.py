@@ -1,4 +1,4 @@
-"""Draws every pattern of ``flashattn_lite.block_patterns`` into one picture.
+"""Draws the patterns of ``flashattn_lite.block_patterns`` into one picture.
 
 python docs/draw_block_patterns.py docs/images/block_patterns.svg
 """
