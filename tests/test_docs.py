@@ -1,0 +1,105 @@
+"""README and docs say what is true: commands exist with their options, links lead somewhere, and
+the README's example runs."""
+
+import platform
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from flashattn_lite import cli
+from flashattn_lite.bench.serving import command as bench_serving
+from flashattn_lite.bench.suites import SUITES
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("bench/*.md")])
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`]+)`")
+TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of each command, in blocks and in the text, that runs something of ours."""
+    text = page.read_text()
+    blocks = [block.replace("\\\n", " ") for _, block in BLOCK.findall(text)]
+    lines = [line for block in blocks for line in block.splitlines()]
+    found = []
+    for line in [*lines, *INLINE.findall(BLOCK.sub("", text))]:
+        line = re.sub(r"^(time )?([A-Z_]+=\S+ )*", "", " ".join(line.split()))
+        line = line.replace("python -m flashattn_lite", "flashattn-lite")
+        line = line.replace("python -m pytest", "pytest")
+        if re.match(r"(flashattn-lite|python|pytest|make) [^=]", line):
+            found.append(shlex.split(line, comments=True))
+    return found
+
+
+def complaint(words: list[str]) -> str | None:
+    """What is wrong with a command, if anything."""
+    program, *rest = words
+    if program == "make":
+        return next((f"no target {w}" for w in rest if "=" not in w and w not in TARGETS), None)
+    if program == "flashattn-lite":
+        return _complaint_of_ours(rest)
+    if rest[0] == "-m":  # a module of Python's own
+        return None
+    files = [w for w in rest if w.endswith(".py")]
+    missing = [f for f in files if not (ROOT / f).is_file()]
+    source = "".join((ROOT / f).read_text() for f in files if f not in missing)
+    missing += [w for w in rest if w.startswith("--") and f'"{w.split("=")[0]}"' not in source]
+    return f"there is no {', '.join(missing)}" if missing else None
+
+
+def _complaint_of_ours(words: list[str]) -> str | None:
+    if len(words) == 1:  # a command's name, as text mentions it
+        words = [*words, "--help"]
+    try:
+        if words[:2] == ["bench", "serving"]:
+            bench_serving.parser().parse_args(words[2:])
+            return None
+        suites = getattr(cli.parser().parse_args(words), "suites", [])
+    except SystemExit as stop:
+        return "the program does not take that" if stop.code else None
+    known = suites[:1] in (["report"], ["compare"]) or set(suites) <= set(SUITES)
+    return None if known else f"not suites: {suites}"
+
+
+@each_page
+def test_commands_exist_with_their_options(page: Path) -> None:
+    assert [(words, why) for words in commands(page) if (why := complaint(words))] == []
+
+
+def test_mistakes_are_found() -> None:
+    assert sum(len(commands(page)) for page in PAGES) > 60
+    for mistake in (
+        "flashattn-lite bench forwards",
+        "flashattn-lite bench --quik",
+        "flashattn-lite bench serving --trase x",
+        "python bench/none.py",
+        "python bench/models.py --onli llama",
+        "make nothing",
+    ):
+        assert complaint(mistake.split()), mistake
+
+
+@each_page
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)\s]*\)", page.read_text())
+    assert [w for w in links if ":" not in w and not (page.parent / w).exists()] == []
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 instructions")
+@pytest.mark.parametrize("program", ["instructions", "reads"])
+def test_the_programs_behind_the_numbers_compile(program: str) -> None:
+    source = ROOT / "bench/micro" / f"{program}.cpp"
+    flags = ["-std=c++17", "-mavx2", "-mfma", "-mf16c", "-Wno-psabi", f"-I{ROOT}"]
+    subprocess.run(["g++", "-fsyntax-only", *flags, source], check=True)
+
+
+def test_the_example_of_the_readme_runs() -> None:
+    example = next(t for kind, t in BLOCK.findall((ROOT / "README.md").read_text()) if kind)
+    names: dict[str, object] = {}
+    exec(example, names)
+    assert names["q"].grad.shape == names["q"].shape  # type: ignore[attr-defined]
