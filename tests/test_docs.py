@@ -1,5 +1,5 @@
 """README and docs say what is true: commands exist with their options, links lead somewhere, and
-the README's example runs."""
+the README's example runs and its table is the benchmark's."""
 
 import platform
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flashattn_lite import cli
+from flashattn_lite.bench.cases import DTYPES
 from flashattn_lite.bench.serving import command as bench_serving
 from flashattn_lite.bench.suites import SUITES
 
@@ -19,6 +20,31 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+# Rows of the README's table: what docs/performance.md calls their groups.
+SPEED = {
+    "forward, dense": [f"forward: {dtype} dense" for dtype in DTYPES],
+    "forward, causal": [f"forward: {dtype} causal" for dtype in DTYPES],
+    "forward + backward, dense": [f"training: {dtype} dense" for dtype in DTYPES],
+    "forward + backward, causal": [f"training: {dtype} causal" for dtype in DTYPES],
+    "one token over 4096 keys, 4 query heads to a K/V head": [
+        f"decode: {dtype}, 4 query heads to a K/V head" for dtype in DTYPES
+    ],
+    "window of 128 at length 4096, against a mask": ["masks: window 128 at 4096, against a mask"],
+    "12.5 % of the blocks at length 4096, against a mask": [
+        "sparse: 12.5 % of the blocks, against a boolean mask"
+    ],
+    "20 ragged sequences, against padding": ["masks: 20 ragged sequences, against padding"],
+    "**losses**: calls of 1 to 16 tokens": ["overhead: small calls, forward"],
+    "**losses**: the same, forward + backward": ["overhead: small calls, forward + backward"],
+}
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of every row of every table."""
+    lines = (line for line in text.splitlines() if line.startswith("|"))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def commands(page: Path) -> list[list[str]]:
@@ -103,3 +129,18 @@ def test_the_example_of_the_readme_runs() -> None:
     names: dict[str, object] = {}
     exec(example, names)
     assert names["q"].grad.shape == names["q"].shape  # type: ignore[attr-defined]
+
+
+def test_the_table_of_the_readme_is_the_benchmarks() -> None:
+    command = "flashattn-lite bench --quick --threads 1 --clock cpu"
+    report = (ROOT / "docs/performance.md").read_text().split(f"\n{command}\n", 1)[1]
+    groups = rows(report.split("\nRows in which", 1)[0])[2:]
+    aims = {cells[0]: (float(cells[2]), float(cells[3])) for cells in groups if cells[1]}
+    readme = (ROOT / "README.md").read_text()
+    assert f"`{command}`" in readme
+    table = {cells[0]: [cell for cell in cells[1:] if cell] for cells in rows(readme)}
+    for name, of_the_row in SPEED.items():
+        for cell, group in zip(table[name], of_the_row, strict=True):
+            for number, measured in zip(cell.split(", least "), aims[group], strict=False):
+                last_place = 10.0 ** -len(number.partition(".")[2])
+                assert float(number) == pytest.approx(measured, abs=0.51 * last_place), (name, cell)
