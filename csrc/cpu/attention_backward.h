@@ -304,9 +304,9 @@ static void backward_item(const void* arg, int64_t item, char* memory) {
       Product::Scratch::place(&cursor, p, plan.scratch_keys, plan.tile_rows);
   const int dim = shape.head_dim, dim_v = shape.head_dim_v;
   const int ld = round_up(dim, kPanel), ld_v = round_up(dim_v, kPanel);
-  const int padded = plan.scratch_offset(round_up(block.size(), plan.tile_keys));
-  memset(s.dk, 0, sizeof(float) * padded * ld);
-  memset(s.dv, 0, sizeof(float) * padded * ld_v);
+  const int rows_k = plan.scratch_offset(block.size() - 1) + 1;  // not whole tiles: 36 KiB a head
+  memset(s.dk, 0, sizeof(float) * rows_k * ld);
+  memset(s.dv, 0, sizeof(float) * rows_k * ld_v);
   const ContiguousKv<T> kv = ContiguousKv<T>::make(f.kv, seq, b, head_k);
   const bool general = modifies_scores(f.score);
 
