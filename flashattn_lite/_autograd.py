@@ -56,48 +56,61 @@ class Attention(torch.autograd.Function):
 
 
 class PlainAttention(torch.autograd.Function):
-    """``Attention`` without options and without an LSE: half its cost on tiny tensors. Not for
+    """``Attention`` with few options and without an LSE: half its cost on tiny tensors. Not for
     tracing, nor for torch.func."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        options: tuple[float, int, int],  # softmax_scale, left, right
-        rest: tuple[bool, str],  # deterministic, name
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: tuple[Any, ...], name: str
     ) -> Tensor:
-        out, lse = _ops.forward_plain_untraced(q, k, v, *options)
+        """options: the first of heads_first, window_right, softmax_scale and window_left."""
+        out, lse = _ops.forward_plain_training_untraced(q, k, v, *options)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options, ctx.rest = options, rest
+        ctx.call = options, name
         return out  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        deterministic, name = ctx.rest
+        options, name = ctx.call
         saved = ctx.saved_tensors
         try:
             if torch.is_grad_enabled():  # create_graph=True
-                q, k, v, out, lse = saved
-                numbers = ("softmax_scale", "window_left", "window_right")
-                given = dict(zip(numbers, ctx.options, strict=True), softcap=0.0, dropout_p=0.0)
-                given |= {"max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1]}
-                arguments = (
-                    *(dout, None, q, k, v, out, lse),
-                    *map(given.get, _ops.SHARED_ARGUMENTS),
-                    *(deterministic, False, False, "auto"),
-                )
-                dq, dk, dv, *_ = _Backward.apply(name, *arguments)  # type: ignore[no-untyped-call]
+                gradients = _differentiable_gradients(name, dout, saved, *options)
             else:
-                dq, dk, dv = _ops.backward_plain_untraced(dout, *saved, *ctx.options, deterministic)
+                gradients = _ops.backward_plain_untraced(dout, *saved, *options)
         except RuntimeError as error:
             raise _ops.argument_error(error, f"{name} (backward)") from None
-        return dq, dk, dv, None, None
+        return *gradients, None, None
 
 
 # Without what Function.apply does for torch.func and default arguments: 4 us.
 apply_plain: Callable[..., Tensor] = super(torch.autograd.Function, PlainAttention).apply
+
+
+def _differentiable_gradients(
+    name: str,
+    dout: Tensor,
+    saved: tuple[Tensor, ...],
+    heads_first: bool = False,
+    window_right: int = -1,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv of ``PlainAttention`` from ``_Backward``, which has all options."""
+    given: dict[str, Any] = {"softcap": 0.0, "dropout_p": 0.0, "softmax_scale": softmax_scale}
+    given |= {"window_left": window_left, "window_right": window_right}
+    *tensors, lse = (dout, *saved)
+    if heads_first:
+        tensors = [t.transpose(1, 2) for t in tensors]
+    dout, q, k, v, out = tensors
+    given |= {"max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1]}
+    arguments = (
+        *(dout, None, q, k, v, out, lse),
+        *map(given.get, _ops.SHARED_ARGUMENTS),
+        *(True, False, False, "auto"),
+    )
+    gradients = _Backward.apply(name, *arguments)[:3]  # type: ignore[no-untyped-call]
+    return tuple(t.transpose(1, 2) for t in gradients) if heads_first else gradients
 
 
 class TransformableAttention(torch.autograd.Function):

@@ -32,7 +32,8 @@ FORWARD_ARGUMENTS = (
 SHARED_ARGUMENTS = FORWARD_ARGUMENTS[3:-2]
 
 OPERATORS = (
-    *("forward", "forward_plain", "backward", "backward_plain", "rotate", "append_kv"),
+    *("forward", "forward_plain", "forward_plain_training", "backward", "backward_plain"),
+    *("rotate", "append_kv"),
     *("build_info", "cpu_isa", "set_cpu_isa", "fma_peak"),
     *("ptx_conformance", "ptx_conformance_sections"),
 )
@@ -87,12 +88,17 @@ def _load() -> None:
 _load()
 
 forward = torch.ops.flashattn_lite.forward.default
-forward_plain = torch.ops.flashattn_lite.forward_plain.default  # dense, no options: cheaper to call
-# Without the Python frame of OpOverload.__call__, 0.2 us; not for tracing.
-forward_plain_untraced = getattr(forward_plain, "_op", forward_plain)
 backward = torch.ops.flashattn_lite.backward.default
+
+# Dense, few options: cheaper to call, and the cheaper the fewer are given.
+forward_plain = torch.ops.flashattn_lite.forward_plain.default
+forward_plain_training = torch.ops.flashattn_lite.forward_plain_training.default
 backward_plain = torch.ops.flashattn_lite.backward_plain.default
+# Without the Python of OpOverload.__call__, 0.6 us; not for tracing.
+forward_plain_untraced = getattr(forward_plain, "_op", forward_plain)
+forward_plain_training_untraced = getattr(forward_plain_training, "_op", forward_plain_training)
 backward_plain_untraced = getattr(backward_plain, "_op", backward_plain)
+
 rotate = torch.ops.flashattn_lite.rotate.default
 append_kv = torch.ops.flashattn_lite.append_kv.default
 build_info = torch.ops.flashattn_lite.build_info.default
@@ -104,7 +110,7 @@ fma_peak = torch.ops.flashattn_lite.fma_peak.default
 def argument_error(error: RuntimeError, name: str) -> Exception:
     """The error that a public function raises for one that an operator raised."""
     text = str(error)
-    for operator in ("forward_plain", "forward", "backward", "rotate", "append_kv"):
+    for operator in OPERATORS:
         operator = f"flashattn_lite::{operator}"
         if text.startswith(f"{operator}: "):
             return ArgumentError(text.replace(operator, name, 1))
@@ -133,10 +139,16 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
     return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-def _fake_forward_plain(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, left: int, right: int
+def _fake_forward_plain_training(
+    q: Tensor, k: Tensor, v: Tensor, heads_first: bool = False, *_options: Any
 ) -> tuple[Tensor, Tensor]:
-    return _fake_forward(q, k, v)
+    q, k, v = ((t.transpose(1, 2) if heads_first else t) for t in (q, k, v))
+    out, lse = _fake_forward(q, k, v)
+    return out.transpose(1, 2) if heads_first else out, lse
+
+
+def _fake_forward_plain(*arguments: Any) -> Tensor:
+    return _fake_forward_plain_training(*arguments)[0]
 
 
 def _fake_backward(
@@ -157,13 +169,24 @@ def _fake_backward(
 
 
 def _fake_backward_plain(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_rest: Any
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    heads_first: bool = False,
+    *_options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if not heads_first:
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = (t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (q, k, v))
+    return dq, dk, dv
 
 
 register_fake("flashattn_lite::forward", _fake_forward)
 register_fake("flashattn_lite::forward_plain", _fake_forward_plain)
+register_fake("flashattn_lite::forward_plain_training", _fake_forward_plain_training)
 register_fake("flashattn_lite::backward", _fake_backward)
 register_fake("flashattn_lite::backward_plain", _fake_backward_plain)
 register_fake("flashattn_lite::rotate", lambda x, *_: x.new_empty(x.shape))

@@ -196,12 +196,19 @@ def test_opcheck(case: Case) -> None:
         )
 
 
-def test_opcheck_of_the_plain_operators() -> None:
-    q, k, v = (torch.randn(2, n, 2, 8) for n in (5, 7, 7))
-    torch.library.opcheck(_ops.forward_plain, (q, k, v, 0.3, -1, 0), test_utils=OPCHECKS)
-    out, lse = _ops.forward_plain(q, k, v, 0.3, -1, 0)
-    arguments = (torch.randn_like(out), q, k, v, out, lse, 0.3, -1, 0, False)
-    torch.library.opcheck(_ops.backward_plain, arguments, test_utils=OPCHECKS)
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_opcheck_of_the_plain_operators(heads_first: bool) -> None:
+    q, k, v = (torch.randn(2, n, h, 8) for n, h in ((5, 4), (7, 2), (7, 2)))
+    if heads_first:
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2).contiguous(), v.transpose(1, 2)
+    for scale in (0.3, None):
+        options = (heads_first, 0, scale)
+        for forward in (_ops.forward_plain, _ops.forward_plain_training):
+            torch.library.opcheck(forward, (q, k, v, *options), test_utils=OPCHECKS)
+        out, lse = _ops.forward_plain_training(q, k, v, *options)
+        assert torch.equal(_ops.forward_plain(q, k, v, *options), out)
+        arguments = (torch.randn_like(out), q, k, v, out, lse, *options)
+        torch.library.opcheck(_ops.backward_plain, arguments, test_utils=OPCHECKS)
 
 
 def test_fakes_have_the_shapes_of_the_real_ones() -> None:

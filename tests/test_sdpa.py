@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from flashattn_lite import ArgumentError
+from flashattn_lite import ArgumentError, attention
 from flashattn_lite._masks import Band, band_of, kernel_window, mask_options, padding_of
 from flashattn_lite.sdpa import scaled_dot_product_attention
 from flashattn_lite.testing import check_within_budget
@@ -251,6 +251,36 @@ def test_strides_do_not_matter() -> None:
     assert not q.is_contiguous()
     contiguous = scaled_dot_product_attention(*(t.contiguous() for t in (q, k, v)), is_causal=True)
     assert torch.equal(scaled_dot_product_attention(q, k, v, is_causal=True), contiguous)
+
+
+@pytest.mark.parametrize("heads_k", [4, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "every other element"])
+def test_the_plain_call_takes_heads_before_rows_as_they_are(layout: str, heads_k: int) -> None:
+    def made(heads: int, rows: int, dim: int) -> Tensor:
+        if layout == "transposed":
+            return torch.randn(2, rows, heads, dim).transpose(1, 2)
+        step = 2 if layout == "every other element" else 1
+        return torch.randn(2, heads, rows, step * dim)[..., ::step]
+
+    q, k, v = made(4, 5, 24), made(heads_k, 9, 24), made(heads_k, 9, 40)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    options: dict[str, Any] = {"scale": 0.3, "enable_gqa": heads_k != 4}
+    out = scaled_dot_product_attention(q, k, v, **options)
+    assert out.grad_fn.name() == "PlainAttentionBackward"  # type: ignore[union-attr]
+    steps = out.grad_fn.next_functions  # type: ignore[union-attr]
+    assert [node.name() for node, _ in steps if node] == ["torch::autograd::AccumulateGrad"] * 3
+    with torch.no_grad():
+        assert torch.equal(scaled_dot_product_attention(q, k, v, **options), out)
+    rows_first = [t.transpose(1, 2) for t in leaves]
+    expected = attention(*rows_first, softmax_scale=0.3)
+    assert isinstance(expected, Tensor) and torch.equal(out, expected.transpose(1, 2))
+    dout = torch.randn_like(out)
+    for ours, true in zip(
+        torch.autograd.grad(out, leaves, dout),
+        torch.autograd.grad(expected, leaves, dout.transpose(1, 2)),
+        strict=True,
+    ):
+        assert torch.equal(ours, true) and ours.stride() == true.stride()
 
 
 # ---- recognising masks --------------------------------------------------------------------------

@@ -15,7 +15,7 @@ void Options::read(StackReader& stack) {
       window_right >> dropout_p;
 }
 
-Arguments::Arguments(const char* op, Tensor q, Tensor k, Tensor v, Options options)
+Arguments::Arguments(const char* op, Tensor q, Tensor k, Tensor v, Options&& options)
     : q_(std::move(q)),
       k_(std::move(k)),
       v_(std::move(v)),
@@ -165,15 +165,16 @@ void Arguments::set_score() {
   const Options& o = options_;
   const Shape& s = problem_.shape;
   ScoreOptions& score = problem_.score;
-  if (!isfinite(o.softmax_scale))
-    checker_.bad("softmax_scale is ", o.softmax_scale, "; it must be finite");
+  const double scale =
+      o.softmax_scale ? *o.softmax_scale : 1 / sqrt(static_cast<double>(s.head_dim));
+  if (!isfinite(scale)) checker_.bad("softmax_scale is ", scale, "; it must be finite");
   if (!(o.softcap >= 0) || !isfinite(o.softcap)) {
     checker_.bad("softcap is ", o.softcap, "; it must be >= 0 (0 = off)");
   }
   if (!(o.dropout_p >= 0 && o.dropout_p < 1)) {
     checker_.bad("dropout_p is ", o.dropout_p, "; it must be in [0, 1)");
   }
-  score.scale = static_cast<float>(o.softmax_scale);
+  score.scale = static_cast<float>(scale);
   score.softcap = static_cast<float>(o.softcap);
   score.alibi_slopes = checker_.float_vector("alibi_slopes", o.alibi_slopes);
   if (o.alibi_slopes) {
@@ -280,7 +281,7 @@ RowStats Arguments::stats(const Tensor& t) {
 
 void Arguments::set_outputs(const Tensor& out, const Tensor& lse) {
   problem_.out = view(out, &keep_);
-  problem_.lse = stats(lse);
+  if (lse.handle()) problem_.lse = stats(lse);
 }
 
 void Arguments::check_contents() {

@@ -16,7 +16,8 @@ struct Options {
   int64_t max_seqlen_q = 0, max_seqlen_k = 0;
   std::optional<Tensor> alibi_slopes, sinks, bias, dropout_seed;
   std::optional<Tensor> block_mask, block_mask_layout;
-  double softmax_scale = 0, softcap = 0;
+  std::optional<double> softmax_scale;  // default: 1 / sqrt(head_dim)
+  double softcap = 0;
   int64_t window_left = -1, window_right = -1;
   double dropout_p = 0;
   int64_t num_splits = 0;  // forward's own: not in kSchema
@@ -27,7 +28,7 @@ struct Options {
       "SymInt max_seqlen_q, SymInt max_seqlen_k, "
       "Tensor? alibi_slopes, Tensor? sinks, Tensor? bias, Tensor? dropout_seed, "
       "Tensor? block_mask, Tensor? block_mask_layout, "
-      "float softmax_scale, float softcap, int window_left, int window_right, float dropout_p";
+      "float? softmax_scale, float softcap, int window_left, int window_right, float dropout_p";
 
   void read(StackReader& stack);
 };
@@ -38,12 +39,13 @@ class Arguments {
   // Checks everything; raises with the operator's name, the argument, its value and what would be
   // right. On the CPU the contents of index tensors are checked too. On CUDA that would wait for
   // the device: FAL_CHECK=1 asks for it.
-  Arguments(const char* op, Tensor q, Tensor k, Tensor v, Options options);
+  Arguments(const char* op, Tensor q, Tensor k, Tensor v, Options&& options);
 
   Arguments(const Arguments&) = delete;  // the checker points at q_
   Arguments& operator=(const Arguments&) = delete;
 
-  // Points the problem's outputs at these tensors, (…, heads_q, head_dim_v) and (…) float32.
+  // Points the problem's outputs at these tensors, (…, heads_q, head_dim_v) and (…) float32; an LSE
+  // that is not wanted is null.
   void set_outputs(const Tensor& out, const Tensor& lse);
 
   const ForwardProblem& problem() const { return problem_; }

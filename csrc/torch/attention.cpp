@@ -7,16 +7,23 @@
 namespace fal::torch_binding {
 namespace {
 
-void forward_with(uint64_t* stack, Tensor q, Tensor k, Tensor v, Options options,
-                  const std::string& backend) {
-  constexpr const char* kName = "flashattn_lite::forward";
-  Arguments arguments(kName, std::move(q), std::move(k), std::move(v), std::move(options));
-  Tensor out = empty_on(arguments.q(), arguments.out_sizes(), arguments.q().dtype());
-  Tensor lse = empty_on(arguments.q(), arguments.lse_sizes(), aoti_torch_dtype_float32());
-  arguments.set_outputs(out, lse);
-  const Engine engine = choose_forward(kName, backend, arguments.q(), arguments.problem());
-  run_forward(engine, arguments.q(), arguments.problem());
-  put_results(stack, std::move(out), std::move(lse));
+constexpr const char* kForward = "flashattn_lite::forward";
+
+struct ForwardResults {
+  Tensor out, lse;
+};
+
+ForwardResults forward_with(Arguments&& arguments, const std::string& backend, bool want_lse) {
+  const Tensor& q = arguments.q();
+  ForwardResults results;
+  results.out = empty_on(q, arguments.out_sizes(), q.dtype(), q.heads_first());
+  if (want_lse || !q.is_cpu()) {  // a CUDA kernel always writes it
+    results.lse = empty_on(q, arguments.lse_sizes(), aoti_torch_dtype_float32());
+  }
+  arguments.set_outputs(results.out, results.lse);
+  const Engine engine = choose_forward(kForward, backend, q, arguments.problem());
+  run_forward(engine, q, arguments.problem());
+  return results;
 }
 
 void forward(uint64_t* stack, uint64_t inputs, uint64_t) {
@@ -27,17 +34,58 @@ void forward(uint64_t* stack, uint64_t inputs, uint64_t) {
   reader >> q >> k >> v;
   options.read(reader);
   reader >> backend >> options.num_splits;
-  forward_with(stack, std::move(q), std::move(k), std::move(v), std::move(options), backend);
+  ForwardResults results =
+      forward_with({kForward, std::move(q), std::move(k), std::move(v), std::move(options)},
+                   backend, /*want_lse=*/true);
+  put_results(stack, std::move(results.out), std::move(results.lse));
 }
 
-// The same without options: torch's Python binding spends 0.1 us on every argument, so that the 23
-// of `forward` cost a tiny call half its time.
-void forward_plain(uint64_t* stack, uint64_t inputs, uint64_t) {
+// The arguments of the plain operators after their tensors. torch's Python binding spends 0.2 us on
+// an argument that is given and 0.04 on a default, so the likely ones come first, and these
+// operators exist: the 23 options of `forward` cost a tiny call half its time.
+struct PlainOptions {
+  bool heads_first = false;
+  int64_t window_right = -1, window_left = -1;
+  std::optional<double> softmax_scale;
+
+  static constexpr const char* kSchema =
+      "bool heads_first=False, int window_right=-1, float? softmax_scale=None, int window_left=-1";
+
+  void read(StackReader& stack) {
+    stack >> heads_first >> window_right >> softmax_scale >> window_left;
+  }
+  Options options() const {
+    Options o;
+    o.softmax_scale = softmax_scale;
+    o.window_left = window_left;
+    o.window_right = window_right;
+    return o;
+  }
+};
+
+Arguments plain_arguments(const uint64_t* stack, uint64_t inputs) {
   Tensor q, k, v;
-  Options options;
+  PlainOptions plain;
   StackReader reader(stack, inputs);
-  reader >> q >> k >> v >> options.softmax_scale >> options.window_left >> options.window_right;
-  forward_with(stack, std::move(q), std::move(k), std::move(v), std::move(options), "auto");
+  reader >> q >> k >> v;
+  plain.read(reader);
+  for (Tensor* t : {&q, &k, &v}) t->set_heads_first(plain.heads_first);
+  return Arguments(kForward, std::move(q), std::move(k), std::move(v), plain.options());
+}
+
+// What a call without gradients needs.
+void forward_plain(uint64_t* stack, uint64_t inputs, uint64_t) {
+  put_results(stack, forward_with(plain_arguments(stack, inputs), "auto", /*want_lse=*/false).out);
+}
+
+// What backward_plain needs; refuses what it will refuse.
+void forward_plain_training(uint64_t* stack, uint64_t inputs, uint64_t) {
+  Arguments arguments = plain_arguments(stack, inputs);
+  BackwardProblem later{};
+  later.forward = arguments.problem();
+  choose_backward(kForward, "auto", arguments.q(), later);
+  ForwardResults results = forward_with(std::move(arguments), "auto", /*want_lse=*/true);
+  put_results(stack, std::move(results.out), std::move(results.lse));
 }
 
 // What backward differentiates, and with respect to which options.
@@ -51,7 +99,7 @@ struct Gradients {
   Tensor dq, dk, dv, dsinks, dbias;  // the last two are not made unless needed
 };
 
-Gradients backward_with(BackwardInputs in, Options options, const std::string& backend) {
+Gradients backward_with(BackwardInputs&& in, Options&& options, const std::string& backend) {
   constexpr const char* kName = "flashattn_lite::backward";
   Arguments arguments(kName, std::move(in.q), std::move(in.k), std::move(in.v), std::move(options));
   const Options& o = arguments.options();
@@ -80,9 +128,8 @@ Gradients backward_with(BackwardInputs in, Options options, const std::string& b
   problem.dout = Arguments::view(in.dout, &keep);
   if (in.dlse) problem.dlse = Arguments::stats(*in.dlse);
 
-  const auto gradient_of = [](const Tensor& t) { return empty_on(t, sizes_of(t), t.dtype()); };
   Gradients g{
-      gradient_of(arguments.q()), gradient_of(arguments.k()), gradient_of(arguments.v()), {}, {}};
+      empty_like(arguments.q()), empty_like(arguments.k()), empty_like(arguments.v()), {}, {}};
   problem.dq = Arguments::view(g.dq, &keep);
   problem.dk = Arguments::view(g.dk, &keep);
   problem.dv = Arguments::view(g.dv, &keep);
@@ -120,46 +167,46 @@ void backward(uint64_t* stack, uint64_t inputs, uint64_t) {
               std::move(g.dbias));
 }
 
-// Of forward_plain.
+// Of forward_plain_training.
 void backward_plain(uint64_t* stack, uint64_t inputs, uint64_t) {
   BackwardInputs in;
-  Options options;
+  PlainOptions plain;
   StackReader reader(stack, inputs);
   reader >> in.dout >> in.q >> in.k >> in.v >> in.out >> in.lse;
-  reader >> options.softmax_scale >> options.window_left >> options.window_right;
-  reader >> in.deterministic;
-  Gradients g = backward_with(std::move(in), std::move(options), "auto");
+  plain.read(reader);
+  for (Tensor* t : {&in.dout, &in.q, &in.k, &in.v, &in.out}) t->set_heads_first(plain.heads_first);
+  Gradients g = backward_with(std::move(in), plain.options(), "auto");
   put_results(stack, std::move(g.dq), std::move(g.dk), std::move(g.dv));
 }
 
 // Static initialisers register the operators when the library is loaded; it exports nothing.
 const bool registered = [] {
   static Library definitions = Library::define("flashattn_lite");
-  const std::string options = Options::kSchema;
+  const std::string options = Options::kSchema, plain = PlainOptions::kSchema;
   definitions
       .schema("forward(Tensor q, Tensor k, Tensor v, " + options +
               ", str backend, int num_splits=0) -> (Tensor out, Tensor lse)")
-      .schema(
-          "forward_plain(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, int "
-          "window_right) -> (Tensor out, Tensor lse)")
+      .schema("forward_plain(Tensor q, Tensor k, Tensor v, " + plain + ") -> Tensor out")
+      .schema("forward_plain_training(Tensor q, Tensor k, Tensor v, " + plain +
+              ") -> (Tensor out, Tensor lse)")
       .schema(
           "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
           "lse, " +
           options +
           ", bool deterministic, bool need_dsinks, bool need_dbias, str backend) -> "
           "(Tensor dq, Tensor dk, Tensor dv, Tensor dsinks, Tensor dbias)")
-      .schema(
-          "backward_plain(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float "
-          "softmax_scale, int window_left, int window_right, bool deterministic) -> (Tensor dq, "
-          "Tensor dk, Tensor dv)");
+      .schema("backward_plain(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, " +
+              plain + ") -> (Tensor dq, Tensor dk, Tensor dv)");
   static Library on_cpu = Library::implement("flashattn_lite", "CPU");
   on_cpu.function("forward", forward)
       .function("forward_plain", forward_plain)
+      .function("forward_plain_training", forward_plain_training)
       .function("backward", backward)
       .function("backward_plain", backward_plain);
   static Library on_cuda = Library::implement("flashattn_lite", "CUDA");
   on_cuda.function("forward", forward)
       .function("forward_plain", forward_plain)
+      .function("forward_plain_training", forward_plain_training)
       .function("backward", backward)
       .function("backward_plain", backward_plain);
   return true;

@@ -102,7 +102,7 @@ void rotate(uint64_t* stack, uint64_t inputs, uint64_t) {
     check_positions(check, "offsets", host.read(offsets), advance ? cu : nullptr, rows.batch,
                     advance ? rows.seqlen : (rows.seqlen > 0), p.rotary.positions);
   }
-  Tensor out = empty_on(x, sizes_of(x), x.dtype());
+  Tensor out = empty_like(x);
   if (cu_seqlens) FAL_TORCH(aoti_torch_copy_(out.handle(), x.handle(), 0));  // rows of no sequence
   p.x = any_view(x);
   p.out = any_view(out);

@@ -42,10 +42,17 @@ template <class... Parts>
 class Tensor {  // owns one reference; move-only
  public:
   Tensor() = default;
-  explicit Tensor(AtenTensorOpaque* handle) : handle_(handle) {}
-  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  explicit Tensor(AtenTensorOpaque* handle) : Tensor() {
+    handle_ = handle;
+    shape_.dim = get<int64_t>(aoti_torch_get_dim);
+    shape_.sizes = get<int64_t*>(aoti_torch_get_sizes);
+    shape_.strides = get<int64_t*>(aoti_torch_get_strides);
+  }
+  Tensor(Tensor&& other) noexcept
+      : handle_(std::exchange(other.handle_, nullptr)), shape_(other.shape_) {}
   Tensor& operator=(Tensor&& other) noexcept {
     std::swap(handle_, other.handle_);
+    std::swap(shape_, other.shape_);
     return *this;
   }
   ~Tensor() {
@@ -60,17 +67,24 @@ class Tensor {  // owns one reference; move-only
     FAL_TORCH(aoti_torch_get_data_ptr(handle_, &p));
     return p;
   }
-  int64_t dim() const { return get<int64_t>(aoti_torch_get_dim); }
+  int64_t dim() const { return shape_.dim; }
   int64_t numel() const { return get<int64_t>(aoti_torch_get_numel); }
-  int64_t size(int64_t d) const { return get<int64_t*>(aoti_torch_get_sizes)[d]; }
-  int64_t stride(int64_t d) const { return get<int64_t*>(aoti_torch_get_strides)[d]; }
+  int64_t size(int64_t d) const { return shape_.sizes[axis(d)]; }
+  int64_t stride(int64_t d) const { return shape_.strides[axis(d)]; }
   int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
   int32_t device_type() const { return get<int32_t>(aoti_torch_get_device_type); }
   int32_t device_index() const { return get<int32_t>(aoti_torch_get_device_index); }
   bool is_cpu() const { return device_type() == aoti_torch_device_type_cpu(); }
   bool is_cuda() const { return device_type() == aoti_torch_device_type_cuda(); }
 
+  // A (batch, heads, seqlen, dim) tensor is from now on seen as (batch, seqlen, heads, dim); one of
+  // another rank as it is.
+  void set_heads_first(bool heads_first) { shape_.heads_first = heads_first && shape_.dim == 4; }
+  bool heads_first() const { return shape_.heads_first; }
+
  private:
+  int64_t axis(int64_t d) const { return shape_.heads_first && (d == 1 || d == 2) ? 3 - d : d; }
+
   template <class T, class F>
   T get(F function) const {
     T value;
@@ -79,25 +93,39 @@ class Tensor {  // owns one reference; move-only
   }
 
   AtenTensorOpaque* handle_ = nullptr;
+  struct {  // asked for once: a small call reads some 80 of them
+    int64_t dim = 0;
+    const int64_t *sizes = nullptr, *strides = nullptr;
+    bool heads_first = false;
+  } shape_;
 };
 
-// Uninitialised, contiguous.
-inline Tensor empty(const std::vector<int64_t>& sizes, int32_t dtype, int32_t device_type,
-                    int32_t device_index) {
+// Uninitialised, contiguous. heads_first: `sizes` are (batch, seqlen, heads, dim), and so is the
+// memory; the tensor is (batch, heads, seqlen, dim).
+inline Tensor empty(std::vector<int64_t> sizes, int32_t dtype, int32_t device_type,
+                    int32_t device_index, bool heads_first = false) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
   for (size_t i = sizes.size(); i--;) {
     strides[i] = step;
     step *= sizes[i] > 1 ? sizes[i] : 1;
   }
+  if (heads_first) {
+    std::swap(sizes[1], sizes[2]);
+    std::swap(strides[1], strides[2]);
+  }
   AtenTensorOpaque* handle;
   FAL_TORCH(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                      strides.data(), dtype, device_type, device_index, &handle));
-  return Tensor(handle);
+  Tensor result(handle);
+  result.set_heads_first(heads_first);
+  return result;
 }
 
-inline Tensor empty_on(const Tensor& device_of, const std::vector<int64_t>& sizes, int32_t dtype) {
-  return empty(sizes, dtype, device_of.device_type(), device_of.device_index());
+inline Tensor empty_on(const Tensor& device_of, std::vector<int64_t> sizes, int32_t dtype,
+                       bool heads_first = false) {
+  return empty(std::move(sizes), dtype, device_of.device_type(), device_of.device_index(),
+               heads_first);
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) {
@@ -106,10 +134,15 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   return sizes;
 }
 
+// Of the same shape, dtype and device.
+inline Tensor empty_like(const Tensor& t) {
+  return empty_on(t, sizes_of(t), t.dtype(), t.heads_first());
+}
+
 // A contiguous copy on the same device (or on the CPU; that waits for the device).
 inline Tensor copy(const Tensor& t, bool to_host = false) {
-  Tensor result = to_host ? empty(sizes_of(t), t.dtype(), aoti_torch_device_type_cpu(), 0)
-                          : empty_on(t, sizes_of(t), t.dtype());
+  Tensor result =
+      to_host ? empty(sizes_of(t), t.dtype(), aoti_torch_device_type_cpu(), 0) : empty_like(t);
   FAL_TORCH(aoti_torch_copy_(result.handle(), t.handle(), 0));
   return result;
 }
