@@ -26,6 +26,10 @@ def _is(dtype: str, causal: bool, longest: float = float("inf")) -> Callable[[Ca
     return lambda c: (c.dtype, c.causal) == (dtype, causal) and c.seqlen <= longest
 
 
+def _called(drop_in: bool, backward: bool) -> Callable[[Case], bool]:
+    return lambda c: (c.drop_in, c.backward) == (drop_in, backward)
+
+
 def _cache_groups() -> list[Group]:
     def plain(dtype: str, grouped: bool) -> Callable[[Case], bool]:
         return lambda c: (
@@ -67,8 +71,11 @@ def _groups() -> list[Group]:
             10.0,
             lambda c: c.block_density == 0.125 and not c.backward,
         ),
-        Group("overhead", "small calls, forward", 0.8, lambda c: not c.backward),
-        Group("overhead", "small calls, forward + backward", None, lambda c: c.backward),
+        *(
+            Group("overhead", f"{title}{both}", 0.8, _called(drop_in, backward))
+            for title, drop_in in (("small calls", False), ("the same, SDPA's drop-in", True))
+            for both, backward in ((", forward", False), (", forward + backward", True))
+        ),
         *_cache_groups(),
         Group("scaling", "1 -> 2 threads", 1.85, lambda c: c.threads == 2),
         Group("memory", "peak memory, against PyTorch", 1.0, lambda c: True),

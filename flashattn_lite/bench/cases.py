@@ -33,6 +33,7 @@ class Case:
     score: str = ""  # "bias" or "alibi": what is added to the scores
     block_density: float | None = None  # share of 128 x 128 blocks that a block mask lists
     backward: bool = False
+    drop_in: bool = False  # ours is called as torch's scaled_dot_product_attention is
     threads: int = 1  # CPU only
     device: str = "cpu"
 
@@ -51,6 +52,8 @@ class Case:
             raise ValueError(f"Case: storage is {self.storage!r}; it must be int8, fp8 or empty")
         if self.tokens and (self.causal or self.backward):
             raise ValueError("Case: decoding is measured forward, every query seeing all keys")
+        if self.drop_in and (self.tokens or self.lengths or self.window or self.score):
+            raise ValueError("Case: the drop-in is measured dense or causal, without more")
         if not self.tokens and (self.storage or self.page_size):
             raise ValueError("Case: a cache is measured with tokens")
 
@@ -112,8 +115,9 @@ class Case:
         else:
             heads = str(self.heads) if not self.heads_k else f"{self.heads}/{self.heads_k}"
             size = f"{self.batch}x{heads} heads, length {self.seqlen}"
-        score = f", {self.score}" if self.score else ""
-        return f"{size}, head dim {self.head_dim}, {self.mask_name()}{score}"
+        more = f", {self.score}" if self.score else ""
+        more += ", drop-in" if self.drop_in else ""
+        return f"{size}, head dim {self.head_dim}, {self.mask_name()}{more}"
 
     def short(self) -> str:
         """The same in a table's width.
@@ -125,8 +129,10 @@ class Case:
         size = f"{self.batch}x{heads}x{self.seqlen}x{self.head_dim}"
         if self.lengths:
             size = f"{len(self.lengths)} ragged x{heads}x{self.seqlen}x{self.head_dim}"
-        both = " + backward" if self.backward and self.suite == "overhead" else ""
-        return f"{size} {self.mask_name()}{' ' + self.score if self.score else ''}{both}"
+        more = " " + self.score if self.score else ""
+        more += " drop-in" if self.drop_in else ""
+        more += " + backward" if self.backward and self.suite == "overhead" else ""
+        return f"{size} {self.mask_name()}{more}"
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "lengths": list(self.lengths)}

@@ -33,6 +33,8 @@ def ours(case: Case, inputs: Inputs, backend: str = "auto") -> Entry:
     """The drop-in functions; ``attention`` where they have no such option."""
     if case.tokens:
         return caches.ours(case, inputs)
+    if case.drop_in:
+        return _drop_in(case, inputs)
     from flashattn_lite import attention, flash_attn_func, flash_attn_varlen_func
 
     window = (-1, -1) if case.window is None else (case.window, 0)
@@ -72,6 +74,18 @@ def ours(case: Case, inputs: Inputs, backend: str = "auto") -> Entry:
         return flash_attn_func(q, k, v, causal=causal, **options)  # type: ignore[return-value]
 
     return bind(case, inputs, dense, "native")
+
+
+def _drop_in(case: Case, inputs: Inputs) -> Entry:
+    """Ours in the place of PyTorch's."""
+    from flashattn_lite.sdpa import scaled_dot_product_attention as drop_in
+
+    causal, gqa = case.causal, case.kv_heads != case.heads
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return drop_in(q, k, v, attn_mask=None, is_causal=causal, enable_gqa=gqa)
+
+    return bind(case, inputs, plain, "heads_first")
 
 
 # ---- PyTorch ------------------------------------------------------------------------------------

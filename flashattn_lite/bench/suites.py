@@ -166,10 +166,11 @@ def _overhead(plan: Plan) -> list[Case]:
     dtypes = plan.dtypes[:1] if plan.size == "quick" else plan.dtypes
     return [
         # One key's softmax has no gradient, so the smallest backward has two.
-        plan.case("overhead", dtype=d, seqlen=n + (b and n == 1), heads=h, backward=b, **mask)
+        plan.case("overhead", dtype=d, seqlen=n + (b and n == 1), backward=b, drop_in=drop_in, **s)
         for d in dtypes
         for n, h, causal in ((1, 1, False), (8, 2, True), (16, 4, False))
-        for mask in ({"head_dim": 32, "causal": causal},)
+        for s in ({"heads": h, "head_dim": 32, "causal": causal},)
+        for drop_in in (False, True)
         for b in (False, True)
     ]
 
