@@ -120,6 +120,20 @@ def argument_error(error: RuntimeError, name: str) -> Exception:
     return error
 
 
+def _laid_out_like(t: Tensor, last: int) -> Tensor:
+    """empty_laid_out_like of csrc/torch/tensor.h."""
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    order, strides = list(range(t.dim())), t.stride()
+    if not (guard_or_false(strides[-1] != 1) or any(guard_or_false(s == 0) for s in strides)):
+        for i in range(1, t.dim() - 1):
+            for j in range(i, 0, -1):
+                if not guard_or_false(strides[order[j - 1]] < strides[order[j]]):
+                    break
+                order[j - 1], order[j] = order[j], order[j - 1]
+    return torch.empty_permuted((*t.shape[:-1], last), order, dtype=t.dtype, device=t.device)
+
+
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     for argument, t in zip(FORWARD_ARGUMENTS[3:], options, strict=False):
         # One meta tensor among real ones brings a call here, where results hold nothing.
@@ -133,7 +147,7 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
             f"flashattn_lite::forward: q is on {q.device}, k on {k.device} and v on {v.device}; "
             "they must be on one device"
         )
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    out = _laid_out_like(q, v.shape[-1])
     if q.dim() == 3:
         return out, q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     return out, q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
@@ -142,9 +156,8 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tenso
 def _fake_forward_plain_training(
     q: Tensor, k: Tensor, v: Tensor, heads_first: bool = False, *_options: Any
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = ((t.transpose(1, 2) if heads_first else t) for t in (q, k, v))
     out, lse = _fake_forward(q, k, v)
-    return out.transpose(1, 2) if heads_first else out, lse
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32) if heads_first else lse
 
 
 def _fake_forward_plain(*arguments: Any) -> Tensor:

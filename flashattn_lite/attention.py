@@ -197,7 +197,7 @@ def attention(
         name: what error messages begin with.
 
     Returns:
-        out: like q with v's head_dim; 0 in rows that see nothing.
+        out: like q, its order in memory included, with v's head_dim; 0 in rows that see nothing.
         lse: float32 (batch, heads_q, seqlen_q) or (heads_q, total_q), if return_lse; -inf in rows
             that see nothing.
 

@@ -60,7 +60,8 @@ def scaled_dot_product_attention(
         enable_gqa: heads_q may be a multiple of heads_k. (Without it, 1 still broadcasts.)
 
     Returns:
-        (..., heads_q, seqlen_q, head_dim_v); 0 in rows that see nothing.
+        (..., heads_q, seqlen_q, head_dim_v), in memory in query's order, as torch has it; 0 in rows
+        that see nothing.
 
     Raises:
         ArgumentError: (a RuntimeError and a ValueError) where torch raises a RuntimeError.

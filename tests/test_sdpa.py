@@ -253,26 +253,30 @@ def test_strides_do_not_matter() -> None:
     assert torch.equal(scaled_dot_product_attention(q, k, v, is_causal=True), contiguous)
 
 
-@pytest.mark.parametrize("heads_k", [4, 2])
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "every other element"])
-def test_the_plain_call_takes_heads_before_rows_as_they_are(layout: str, heads_k: int) -> None:
-    def made(heads: int, rows: int, dim: int) -> Tensor:
-        if layout == "transposed":
-            return torch.randn(2, rows, heads, dim).transpose(1, 2)
-        step = 2 if layout == "every other element" else 1
-        return torch.randn(2, heads, rows, step * dim)[..., ::step]
+LAYOUTS: dict[str, Callable[[int, int, int], Tensor]] = {  # of heads, rows and head_dim
+    "heads, rows": lambda h, n, d: torch.randn(2, h, n, d),
+    "rows, heads": lambda h, n, d: torch.randn(2, n, h, d).transpose(1, 2),
+    "rows, batch, heads": lambda h, n, d: torch.randn(n, 2, h, d).permute(1, 2, 0, 3),
+    "a slice": lambda h, n, d: torch.randn(2, n, 3, h, d)[:, :, 1].transpose(1, 2),
+    "expanded": lambda h, n, d: torch.randn(1, h, n, d).expand(2, -1, -1, -1),
+    "every other element": lambda h, n, d: torch.randn(2, h, n, 2 * d)[..., ::2],
+}
 
-    q, k, v = made(4, 5, 24), made(heads_k, 9, 24), made(heads_k, 9, 40)
-    leaves = [t.requires_grad_() for t in (q, k, v)]
+
+@pytest.mark.parametrize("heads_k", [4, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_heads_before_rows_are_taken_as_they_are(layout: str, heads_k: int) -> None:
+    made = LAYOUTS[layout]
+    leaves = [made(4, 5, 24), made(heads_k, 9, 24), made(heads_k, 9, 40)]
+    q, k, v = (t.requires_grad_() for t in leaves)
     options: dict[str, Any] = {"scale": 0.3, "enable_gqa": heads_k != 4}
     out = scaled_dot_product_attention(q, k, v, **options)
-    assert out.grad_fn.name() == "PlainAttentionBackward"  # type: ignore[union-attr]
     steps = out.grad_fn.next_functions  # type: ignore[union-attr]
+    assert out.grad_fn.name() == "PlainAttentionBackward"  # type: ignore[union-attr]
     assert [node.name() for node, _ in steps if node] == ["torch::autograd::AccumulateGrad"] * 3
     with torch.no_grad():
         assert torch.equal(scaled_dot_product_attention(q, k, v, **options), out)
-    rows_first = [t.transpose(1, 2) for t in leaves]
-    expected = attention(*rows_first, softmax_scale=0.3)
+    expected = attention(*(t.transpose(1, 2) for t in leaves), softmax_scale=0.3)
     assert isinstance(expected, Tensor) and torch.equal(out, expected.transpose(1, 2))
     dout = torch.randn_like(out)
     for ours, true in zip(
@@ -281,6 +285,21 @@ def test_the_plain_call_takes_heads_before_rows_as_they_are(layout: str, heads_k
         strict=True,
     ):
         assert torch.equal(ours, true) and ours.stride() == true.stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_results_are_laid_out_as_torchs(layout: str) -> None:
+    q, k, v = LAYOUTS[layout](4, 5, 24), torch.randn(2, 4, 9, 24), torch.randn(2, 4, 9, 24)
+    masks: list[Tensor | None] = [None]
+    if layout not in ("expanded", "every other element"):  # then q's strides do not tell
+        masks.append(torch.rand(5, 9) > 0.5)
+    for mask in masks:
+        ours = scaled_dot_product_attention(q, k, v, mask)
+        assert ours.stride() == functional.scaled_dot_product_attention(q, k, v, mask).stride()
+    plain = scaled_dot_product_attention(q, k, v)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in (q, k, v)]
+        assert scaled_dot_product_attention(*fakes).stride() == plain.stride()
 
 
 # ---- recognising masks --------------------------------------------------------------------------

@@ -16,7 +16,7 @@ struct ForwardResults {
 ForwardResults forward_with(Arguments&& arguments, const std::string& backend, bool want_lse) {
   const Tensor& q = arguments.q();
   ForwardResults results;
-  results.out = empty_on(q, arguments.out_sizes(), q.dtype(), q.heads_first());
+  results.out = empty_laid_out_like(q, arguments.problem().shape.head_dim_v);
   if (want_lse || !q.is_cpu()) {  // a CUDA kernel always writes it
     results.lse = empty_on(q, arguments.lse_sizes(), aoti_torch_dtype_float32());
   }

@@ -68,6 +68,8 @@ class Tensor {  // owns one reference; move-only
     return p;
   }
   int64_t dim() const { return shape_.dim; }
+  const int64_t* sizes() const { return shape_.sizes; }  // whatever set_heads_first says
+  const int64_t* strides() const { return shape_.strides; }
   int64_t numel() const { return get<int64_t>(aoti_torch_get_numel); }
   int64_t size(int64_t d) const { return shape_.sizes[axis(d)]; }
   int64_t stride(int64_t d) const { return shape_.strides[axis(d)]; }
@@ -132,6 +134,38 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
   std::vector<int64_t> sizes(t.dim());
   for (size_t d = 0; d < sizes.size(); ++d) sizes[d] = t.size(d);
   return sizes;
+}
+
+// Uninitialised and dense, of t's dtype, device and shape, `last` wide, its dimensions in memory in
+// the order of t's: as torch's and flash_attn's results are laid out. Where t does not tell, for
+// its last dimension is no innermost one or another one is expanded, they are in their own order.
+inline Tensor empty_laid_out_like(const Tensor& t, int64_t last) {
+  constexpr int64_t kMostDims = 4;
+  const int64_t dims = t.dim(), *given = t.strides();
+  FAL_CHECK(dims <= kMostDims, "flashattn_lite: a tensor of ", dims, " dimensions");
+  int64_t sizes[kMostDims], strides[kMostDims], order[kMostDims];
+  bool tells = given[dims - 1] == 1;
+  for (int64_t d = 0; d < dims; ++d) {
+    sizes[d] = d + 1 < dims ? t.sizes()[d] : last;
+    order[d] = d;
+    tells = tells && given[d] != 0;
+  }
+  for (int64_t i = 1; tells && i + 1 < dims; ++i) {
+    for (int64_t j = i; j && given[order[j - 1]] < given[order[j]]; --j) {
+      std::swap(order[j - 1], order[j]);
+    }
+  }
+  int64_t step = 1;
+  for (int64_t i = dims; i--;) {
+    strides[order[i]] = step;
+    step *= sizes[order[i]] > 1 ? sizes[order[i]] : 1;
+  }
+  AtenTensorOpaque* handle;
+  FAL_TORCH(aoti_torch_empty_strided(dims, sizes, strides, t.dtype(), t.device_type(),
+                                     t.device_index(), &handle));
+  Tensor result(handle);
+  result.set_heads_first(t.heads_first());
+  return result;
 }
 
 // Of the same shape, dtype and device.
