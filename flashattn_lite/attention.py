@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled
+from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from typing_extensions import Unpack
 
 from flashattn_lite import _argument_types, _checks, _ops, reference
@@ -297,7 +300,7 @@ def attention(
     )
     if needs_grad:
         _refuse_gradients(name, q, v, bias)
-    transformed = needs_grad and torch._C._functorch.maybe_current_level() is not None
+    transformed = needs_grad and maybe_current_level() is not None
     try:
         if (
             cu_seqlens_q is None
@@ -322,7 +325,7 @@ def attention(
             if not needs_grad:
                 return _ops.forward_plain(q, k, v, False, right, softmax_scale, left)  # type: ignore[no-any-return]
             repeatable = not deterministic or q.is_cpu
-            if repeatable and not (transformed or torch.compiler.is_compiling()):
+            if repeatable and not (transformed or is_compiling()):
                 return apply_plain(q, k, v, (False, right, softmax_scale, left), name)
         max_seqlen_q = _max_seqlen(max_seqlen_q, cu_seqlens_q, q, name, "max_seqlen_q")
         max_seqlen_k = _max_seqlen(max_seqlen_k, cu_seqlens_k, k, name, "max_seqlen_k")
@@ -396,8 +399,8 @@ def plain_attention(
         and isinstance(k, Tensor)
         and isinstance(v, Tensor)
         and q.is_cpu
-        and not torch.compiler.is_compiling()
-        and not torch._C._is_any_autocast_enabled()
+        and not is_compiling()
+        and not _is_any_autocast_enabled()
         and q.dtype is not torch.float64
         and forward_ad._current_level < 0
         and (softmax_scale is None or type(softmax_scale) is float)
@@ -415,7 +418,7 @@ def plain_attention(
                 torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             ):
                 return _ops.forward_plain_untraced(q, k, v, *options)  # type: ignore[no-any-return]
-            if torch._C._functorch.maybe_current_level() is None:
+            if maybe_current_level() is None:
                 return apply_plain(q, k, v, options, name)
         except RuntimeError:
             pass

@@ -272,13 +272,14 @@ _torch_sdpa: Any = torch.nn.functional.scaled_dot_product_attention
 
 def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
     """Why a call cannot run here, for reasons that lie in torch rather than in the arguments."""
-    tensors = [query, key, value] + ([] if attn_mask is None else [attn_mask])
-    if any(t.is_nested for t in tensors):
+    mask = query if attn_mask is None else attn_mask
+    if query.is_nested or key.is_nested or value.is_nested or mask.is_nested:
         return "nested tensors"
-    if torch.overrides.has_torch_function(tuple(tensors)):
+    tensors = query, key, value, mask
+    if torch.overrides.has_torch_function(tensors):
         kinds = sorted({type(t).__name__ for t in tensors} - {"Tensor", "Parameter"})
         return f"tensor subclass {', '.join(kinds)}"
-    if query.device.type not in ("cpu", "cuda"):
+    if not (query.is_cpu or query.is_cuda):
         return f"device {query.device.type}"
     if torch._C._functorch.maybe_current_level():
         return "torch.func transform"
