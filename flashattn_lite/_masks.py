@@ -11,6 +11,8 @@ from typing import NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
+from flashattn_lite import _ops
+
 __all__ = [
     "TOP_LEFT_CAUSAL",
     "Band",
@@ -23,7 +25,6 @@ __all__ = [
     "kernel_window",
     "mask_options",
     "padding_of",
-    "visible_of",
 ]
 
 
@@ -43,6 +44,7 @@ class Padding(NamedTuple):
 
 
 TOP_LEFT_CAUSAL = Band(None, 0)
+_UNBOUNDED = 2**31  # a side, as csrc/torch/masks.cpp says it
 
 
 class MaskOptions(TypedDict, total=False):
@@ -75,75 +77,37 @@ def kernel_window(
     return keys, (left, None if band.right is None else max(0, band.right - shift))
 
 
-def visible_of(mask: Tensor) -> Tensor | None:
-    """A mask as bool, True visible; None for a float mask that holds more than 0 and -inf."""
-    if mask.dtype == torch.bool:
-        return mask
-    visible = mask == 0
-    return visible if bool((visible | (mask == -torch.inf)).all()) else None
-
-
-def _first_and_end(visible: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Of each row (the last dimension): its first visible index, one past its last one (0, 0 where
-    nothing is visible), and whether every row's visible part has no holes."""
-    count = visible.sum(-1)
-    if visible.shape[-1] == 0:
-        return count, count, True
-    flags = visible.to(torch.uint8)
-    first = flags.argmax(-1)
-    end = torch.where(count > 0, visible.shape[-1] - flags.flip(-1).argmax(-1), 0)
-    return first, end, bool((count == end - first).all())
-
-
-def padding_of(visible: Tensor) -> Padding | None:
+def padding_of(mask: Tensor) -> Padding | None:
     """Which keys are real, when in every batch entry they are one run.
 
     Args:
-        visible: bool (batch, seqlen_k).
+        mask: (batch, seqlen_k), bool (True real), or float (0 real, -inf not). Elsewhere than on
+            the CPU it waits for the device.
 
     >>> padding_of(torch.tensor([[False, True, True], [False, True, False]]))
     Padding(leftpad=tensor([1, 1], dtype=torch.int32), used=tensor([3, 2], dtype=torch.int32))
     """
-    first, end, runs = _first_and_end(visible)
-    if not runs:
+    known, skips, ends_early, leftpad, used = _ops.mask_padding(mask.cpu())
+    if not known:
         return None
-    leftpad, used = first.to(torch.int32), end.to(torch.int32)
     return Padding(
-        leftpad if bool(leftpad.any()) else None,
-        used if bool((used < visible.shape[-1]).any()) else None,
+        leftpad.to(mask.device) if skips else None, used.to(mask.device) if ends_early else None
     )
 
 
-def band_of(visible: Tensor) -> Band | None:
-    """The band that a mask is, if it is one.
+def band_of(mask: Tensor) -> Band | None:
+    """The band that a mask is, if it is one, and every row sees a key.
 
     Args:
-        visible: bool (seqlen_q, seqlen_k), seqlen_q > 0 and seqlen_k > 0.
+        mask: (seqlen_q, seqlen_k), on the CPU, bool (True visible) or float (0 visible, -inf not).
 
     >>> band_of(torch.ones(3, 3, dtype=torch.bool).tril())
     Band(left=None, right=0)
     """
-    rows, keys = visible.shape
-    # Two elements refuse many of the masks that are no bands.
-    if rows > 1 and not (visible[0, 0] or visible[-1, -1]):
+    known, left, right = _ops.mask_band(mask)
+    if not known:
         return None
-    first, end, runs = _first_and_end(visible)
-    if not runs or bool((end == 0).any()):
-        return None
-    diagonal = torch.arange(rows, device=visible.device)
-    left, right = diagonal - first, end - 1 - diagonal  # each row's own sides
-    cut_left, cut_right = first > 0, end < keys  # the others are bounded by the tensor's edges
-    band = Band(
-        int(left[cut_left][0]) if bool(cut_left.any()) else None,
-        int(right[cut_right][0]) if bool(cut_right.any()) else None,
-    )
-    if band.left is not None and not bool(torch.equal(first, (diagonal - band.left).clamp_min(0))):
-        return None
-    if band.right is not None and not bool(
-        torch.equal(end, (diagonal + band.right + 1).clamp_max(keys))
-    ):
-        return None
-    return band
+    return Band(None if left == _UNBOUNDED else left, None if right == _UNBOUNDED else right)
 
 
 def band_options(band: Band, seqlen_q: int, seqlen_k: int) -> tuple[int, MaskOptions]:
@@ -188,17 +152,16 @@ def mask_options(
     band_shaped = mask.shape[:2] == (1, 1)
     worth_looking = (padding_shaped or band_shaped) and mask.shape[3] == seqlen_k and mask.numel()
     if worth_looking and contents_may_be_read(mask):
-        visible = visible_of(mask)
-        if visible is not None and padding_shaped:
-            padding = padding_of(visible[:, 0, 0])
+        if padding_shaped:
+            padding = padding_of(mask[:, 0, 0])
             if padding is not None:
                 leftpad, used = padding
                 return seqlen_k, {
                     "leftpad_k": None if leftpad is None else leftpad.expand(batch).contiguous(),
                     "seqused_k": None if used is None else used.expand(batch).contiguous(),
                 }
-        elif visible is not None:
-            band = band_of(visible[0, 0])
+        else:
+            band = band_of(mask[0, 0])
             if band is not None and kernel_window(band, seqlen_q, seqlen_k) is not None:
                 return band_options(band, seqlen_q, seqlen_k)
     return seqlen_k, {"bias": bias_of(mask, dtype)}

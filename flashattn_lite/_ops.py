@@ -33,7 +33,7 @@ SHARED_ARGUMENTS = FORWARD_ARGUMENTS[3:-2]
 
 OPERATORS = (
     *("forward", "forward_plain", "forward_plain_training", "backward", "backward_plain"),
-    *("rotate", "append_kv"),
+    *("rotate", "append_kv", "mask_band", "mask_padding"),
     *("build_info", "cpu_isa", "set_cpu_isa", "fma_peak"),
     *("ptx_conformance", "ptx_conformance_sections"),
 )
@@ -101,6 +101,8 @@ backward_plain_untraced = getattr(backward_plain, "_op", backward_plain)
 
 rotate = torch.ops.flashattn_lite.rotate.default
 append_kv = torch.ops.flashattn_lite.append_kv.default
+mask_band = torch.ops.flashattn_lite.mask_band.default
+mask_padding = torch.ops.flashattn_lite.mask_padding.default
 build_info = torch.ops.flashattn_lite.build_info.default
 cpu_isa = torch.ops.flashattn_lite.cpu_isa.default
 set_cpu_isa = torch.ops.flashattn_lite.set_cpu_isa.default

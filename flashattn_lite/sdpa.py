@@ -230,7 +230,7 @@ def _mask_like_scores(
         raise ArgumentError(
             f"{_NAME}: attn_mask has shape {tuple(mask.shape)}; it must broadcast to {wanted}"
         )
-    mask = mask.reshape(shape)
+    mask = mask[(None,) * (len(full) - mask.dim())]
     if len(lead) != 1:
         if any(size != 1 for size in shape[:-3]):
             mask = mask.expand(*lead, *shape[-3:])

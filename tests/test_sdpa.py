@@ -348,6 +348,47 @@ def test_random_masks_are_not_taken_for_bands_or_padding() -> None:
             assert torch.equal((j >= start[:, None]) & (j < end[:, None]), mask)
 
 
+def as_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.bool:
+        return visible
+    return torch.where(visible, 0.0, -torch.inf).to(dtype)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str
+)
+def test_masks_are_read_to_the_last_element(dtype: torch.dtype) -> None:
+    visible = band(21, 37, 5, 3)
+    real = (torch.arange(37) >= torch.tensor([0, 9, 3])[:, None]) & (torch.arange(37) < 35)
+    for view in (
+        lambda m: m,
+        lambda m: m.t().contiguous().t(),
+        lambda m: m.repeat_interleave(2, 1)[:, ::2],
+    ):
+        mask = view(as_mask(visible, dtype))
+        assert band_of(mask) == Band(5, 3)
+        padding = padding_of(view(as_mask(real, dtype)))
+        assert padding is not None and padding.leftpad is not None and padding.used is not None
+        assert padding.leftpad.tolist() == [0, 9, 3] and padding.used.tolist() == [35] * 3
+    for i, j in ((0, 36), (20, 0), (10, 5), (10, 13), (10, 14), (10, 36), (20, 23), (20, 24)):
+        other = visible.clone()
+        other[i, j] = ~other[i, j]
+        assert band_of(as_mask(other, dtype)) is None
+    for j in (1, 17, 36):
+        other = real.clone()
+        other[0, j] = ~other[0, j]
+        assert padding_of(as_mask(other, dtype)) is None
+    if dtype != torch.bool:
+        negative_zeros = torch.where(visible, -0.0, -torch.inf).to(dtype)
+        assert band_of(negative_zeros) == Band(5, 3)
+        for value in (0.5, torch.inf, torch.nan):
+            assert band_of(as_mask(visible, dtype).index_fill(1, torch.tensor(20), value)) is None
+            assert padding_of(as_mask(real, dtype).index_fill(1, torch.tensor(20), value)) is None
+    assert band_of(torch.zeros(0, 0, dtype=torch.bool)) is None
+    empty = padding_of(torch.zeros(2, 0, dtype=torch.bool))
+    assert empty is not None and empty == (None, None)
+
+
 def test_band_of_names_the_sides() -> None:
     assert band_of(band(6, 6, None, 0)) == Band(None, 0)
     assert band_of(band(6, 6, 2, 1)) == Band(2, 1)

@@ -20,7 +20,6 @@ from flashattn_lite._masks import (
     contents_may_be_read,
     kernel_window,
     mask_options,
-    visible_of,
 )
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.attention import attention
@@ -277,8 +276,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             )
         band = TOP_LEFT_CAUSAL if is_causal and not extra_keys else None
         if band is None and scores.shape[:2] == (1, 1) and contents_may_be_read(scores):
-            visible = visible_of(scores) if scores.numel() else None
-            band = None if visible is None else band_of(visible[0, 0])
+            band = band_of(scores[0, 0]) if scores.numel() else None
         if band is not None and kernel_window(band, seqlen_q, keys) is not None:
             keys, options = band_options(band, seqlen_q, keys)
             return keys, {**options, "bias": bias_of(padding, q.dtype)[..., :keys]}
