@@ -84,7 +84,7 @@ FAL_PTX void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       "{\n.reg .pred done;\n"
       "WAIT_%=:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra.uni WAIT_%=;\n}" ::"r"(barrier),
+      "@!done bra WAIT_%=;\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 #endif

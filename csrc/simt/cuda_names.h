@@ -46,7 +46,8 @@ __forceinline__ void __threadfence_block() {}
 // ---- shuffles and votes
 // --------------------------------------------------------------------------
 namespace fal::simt {
-// Lanes are grouped in segments of `width`; a source outside the segment means the lane itself.
+// Lanes are grouped in segments of `width`. Up and down: a source outside the segment means the
+// lane itself.
 __forceinline__ uint32_t within_segment(uint32_t source, int width) {
   const uint32_t lane = lane_id(), segment = ~uint32_t(width - 1);
   return (source & segment) == (lane & segment) ? source : lane;
@@ -72,8 +73,10 @@ __forceinline__ T __shfl_sync(uint32_t mask, T value, int source, int width = 32
 }
 template <class T>
 __forceinline__ T __shfl_xor_sync(uint32_t mask, T value, int lane_mask, int width = 32) {
-  const uint32_t source = fal::simt::lane_id() ^ uint32_t(lane_mask);
-  return fal::simt::shuffle_as(mask, value, fal::simt::within_segment(source, width));
+  // Only a source behind the segment means the lane itself: from earlier ones xor reads (PTX ISA,
+  // shfl.sync, .bfly).
+  const uint32_t lane = fal::simt::lane_id(), source = lane ^ uint32_t(lane_mask);
+  return fal::simt::shuffle_as(mask, value, source <= (lane | uint32_t(width - 1)) ? source : lane);
 }
 template <class T>
 __forceinline__ T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
