@@ -5,17 +5,20 @@
     python tests/gpu_check.py --out DIR                   # where summary.md and the JSON go
 
 conformance  every PTX wrapper's result words against the emulator's recorded ones
-cases        the whole case table and what only a device shows (tests/test_gpu.py)
-sanitizer    compute-sanitizer's memcheck and racecheck over a part of the case table
+cases        the whole case table and what only a device shows (tests/test_gpu.py), by several
+             processes; one that a faulty kernel takes down is followed by another
+             (tests/gpu_session.py)
 decode       bytes of K and V a second against the measured bandwidth (tests/gpu_decode.py)
-bench        against PyTorch's backends in the same process, exactness checked first; last, block
-             masks against compiled flex_attention
+bench        against PyTorch's backends in the same process, exactness checked first
+sparse       the same of block masks against compiled flex_attention
+sanitizer    compute-sanitizer's memcheck and racecheck over a part of the case table
 
 It needs the built library, torch with CUDA, pytest and, for one part, compute-sanitizer; it
 installs nothing and asks the network for nothing. Each part is a process of its own with a time
 limit: what has run out of it is interrupted, so that it can write down what it has, and killed five
-seconds later. Each has its line in summary.md, and its log and JSON beside it; a part that failed
-or could not run makes the exit status 1, a machine on which none can run makes it 2.
+seconds later. Each has its line in summary.md; beside it are log.txt, with all that they printed,
+and their JSON, written as they go. A part that failed or could not run makes the exit status 1, a
+machine on which none can run makes it 2.
 """
 
 from __future__ import annotations
@@ -30,19 +33,31 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+PATHS = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = PATHS
+
+import gpu_session  # noqa: E402
 
 # Seconds that each part may take, and to end in when they are over.
-LIMITS = {"conformance": 40, "cases": 120, "sanitizer": 100, "decode": 40, "bench": 140}
+LIMITS = {
+    **{"conformance": 40, "cases": 110, "decode": 40},
+    **{"bench": 80, "sparse": 80, "sanitizer": 90},
+}
 GRACE = 5
 # The project's options name plugins that a machine for checking may lack. A name for each test:
 # what was interrupted says how far it came.
 PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "-p", "no:cacheprovider"]
-PYTEST += ["--tb=short", "--maxfail=50"]
+PYTEST += ["--tb=short"]
+SHARES = 4  # processes that divide the cases
+FAILURES = 15  # of the cases, named in the summary
+LOG = "log.txt"
 OURS = "flashattn_lite"  # among the benchmark's contenders
 TEST_FILE = "tests/test_gpu.py"
 SANITIZED = (
@@ -52,15 +67,18 @@ SANITIZED = (
 )
 
 
-def run(command: list[str], seconds: int, log: Path, **variables: str) -> tuple[int, str]:
+def run(command: list[str], seconds: float, log: Path, **variables: str) -> tuple[int, str]:
     """The command's exit status (124: out of time; whatever it started is killed with it) and its
-    last line; the log gets all of it."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **variables}
-    with log.open("w") as stream:
+    last line; all of it is appended to the log."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(PATHS), "PYTHONUNBUFFERED": "1"}
+    with log.open("a") as stream:
+        stream.write(f"==== {' '.join(command)}\n")
+        stream.flush()
+        begin = stream.tell()
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment,
+            env={**environment, **variables},
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -75,7 +93,8 @@ def run(command: list[str], seconds: int, log: Path, **variables: str) -> tuple[
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    text = log.read_bytes()[begin:].decode(errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
     return status, lines[-1] if lines else ""
 
 
@@ -86,9 +105,8 @@ def conformance(out: Path) -> tuple[bool, str]:
     path = out / "conformance.json"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "native.conformance", "--device", str(path)]
-    both = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    log = out / "conformance.log"
-    status, last = run(command, LIMITS["conformance"], log, PYTHONPATH=both)
+    log = out / LOG
+    status, last = run(command, LIMITS["conformance"], log)
     if status or not path.exists():
         return False, f"{last} (exit {status})"
     expected = {section.name: section for section in words.read()}
@@ -105,9 +123,59 @@ def conformance(out: Path) -> tuple[bool, str]:
     return True, f"{len(actual)} sections agree with the emulator"
 
 
-def cases(out: Path) -> tuple[bool, str]:
-    status, last = run([*PYTEST, TEST_FILE], LIMITS["cases"], out / "cases.log")
-    return status == 0, f"{last} (exit {status})"
+def cases(out: Path, tests: str = TEST_FILE) -> tuple[bool, str]:
+    """Every test's outcome is in cases.jsonl."""
+    path = out / "cases.jsonl"
+    path.unlink(missing_ok=True)
+    end = time.monotonic() + LIMITS["cases"]
+
+    def share(number: int) -> str:
+        """One process after the other, until one has come to the end of its tests."""
+        log = out / f"cases{number}.txt"
+        last, before = "", -1
+        while time.monotonic() < end:
+            lines = [line for line in gpu_session.read(path) if line["share"] == number]
+            if any("finished" in line for line in lines) or len(lines) == before:
+                break  # done, or a process that did nothing at all
+            before = len(lines)
+            status, last = run(
+                [*PYTEST, "-p", "gpu_session", tests],
+                end - time.monotonic(),
+                log,
+                GPU_SESSION_FILE=str(path),
+                GPU_SESSION_SHARE=f"{number}/{SHARES}",
+            )
+            last = f"{last} (exit {status})"
+        return last
+
+    with ThreadPoolExecutor(SHARES) as pool:
+        last = list(pool.map(share, range(SHARES)))
+    with (out / LOG).open("a") as log:
+        for number in range(SHARES):
+            part = out / f"cases{number}.txt"
+            if part.exists():
+                log.write(part.read_text(errors="replace"))
+                part.unlink()
+    return outcomes(gpu_session.read(path), last)
+
+
+def outcomes(lines: list[dict[str, Any]], last: list[str]) -> tuple[bool, str]:
+    """What the lines of cases.jsonl come to."""
+    tests = sum({line["share"]: line["tests"] for line in lines if "tests" in line}.values())
+    final = {line["test"]: line for line in lines if "test" in line}
+    counts = Counter(line["outcome"] for line in final.values())
+    counts["never ended"] = counts.pop("begun", 0)
+    counts["not run"] = tests - len(final)
+    kinds = ("passed", "skipped", "failed", "never ended", "not run")
+    text = ", ".join(f"{counts[kind]} {kind}" for kind in kinds if counts[kind])
+    text = f"{text} of {tests} tests" if tests else f"no test ran; {last[0]}"
+    bad = [line for line in final.values() if line["outcome"] in ("failed", "begun")]
+    for line in bad[:FAILURES]:
+        said = " ".join(line.get("message", "it never ended, or its process died").split())
+        text += f"\n  - {line['test'].rpartition('::')[2]}: {said[:300]}"
+    if len(bad) > FAILURES:
+        text += f"\n  - and {len(bad) - FAILURES} more"
+    return counts["passed"] > 0 and set(+counts) <= {"passed", "skipped"}, text
 
 
 def find_sanitizer() -> str | None:
@@ -132,8 +200,8 @@ def sanitizer(out: Path) -> tuple[bool, str]:
         command = [program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no"]
         command += ["--kernel-name", "kns=fal4cuda", *PYTEST, TEST_FILE]
         command += ["-k", SANITIZED]
-        seconds, log = LIMITS["sanitizer"] // 2, out / f"{tool}.log"
-        status, last = run(command, seconds, log, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        seconds = LIMITS["sanitizer"] // 2
+        status, last = run(command, seconds, out / LOG, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         results.append((status == 0, f"{tool}: {last} (exit {status})"))
     return all(good for good, _ in results), "; ".join(text for _, text in results)
 
@@ -142,21 +210,30 @@ def decode(out: Path) -> tuple[bool, str]:
     path = out / "decode.json"
     path.unlink(missing_ok=True)
     command = [sys.executable, "tests/gpu_decode.py", "--json", str(path)]
-    status, last = run(command, LIMITS["decode"], out / "decode.log")
-    return status == 0 and path.exists(), f"{last} (exit {status}); rows in {path.name}"
+    status, last = run(command, LIMITS["decode"], out / LOG)
+    rows = f"; rows in {path.name}" if path.exists() else ""
+    return status == 0 and path.exists(), f"{last} (exit {status}){rows}"
 
 
 def bench(out: Path) -> tuple[bool, str]:
-    """In bfloat16; `python -m flashattn_lite bench --device cuda` has every suite and dtype."""
-    path = out / "bench.json"
+    """In bfloat16; `python -m flashattn_lite bench --device cuda` has every suite, dtype and
+    contender."""
+    return measured(out, "bench", ["forward", "training"], "sdpa_flash,sdpa_cudnn")
+
+
+def sparse(out: Path) -> tuple[bool, str]:
+    return measured(out, "sparse", ["sparse"], "flex,sdpa_dense")
+
+
+def measured(out: Path, part: str, suites: list[str], competitors: str) -> tuple[bool, str]:
+    path = out / f"{part}.json"
     path.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "flashattn_lite", "bench"]
-    command += ["forward", "training", "sparse"]
-    command += ["--device", "cuda", "--quick", "--dtype", "bf16", "--json", str(path)]
-    status, last = run(command, LIMITS["bench"], out / "bench.log")
-    text = f"{last} (exit {status}); rows in {path.name}"
+    command = [sys.executable, "-m", "flashattn_lite", "bench", *suites, "--device", "cuda"]
+    command += ["--quick", "--dtype", "bf16", "--competitors", competitors, "--json", str(path)]
+    status, last = run(command, LIMITS[part], out / LOG)
+    text = f"{last} (exit {status})"
     if path.exists():
-        text += "\n\n" + "\n".join(bench_table(path))
+        text += f"; rows in {path.name}\n\n" + "\n".join(bench_table(path)) + "\n"
     return status == 0 and path.exists(), text
 
 
@@ -188,9 +265,10 @@ def bench_table(path: Path) -> list[str]:
 PARTS: dict[str, Callable[[Path], tuple[bool, str]]] = {
     "conformance": conformance,
     "cases": cases,
-    "sanitizer": sanitizer,
     "decode": decode,
     "bench": bench,
+    "sparse": sparse,
+    "sanitizer": sanitizer,
 }
 
 
@@ -230,6 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     # A shell that starts this in the background has interrupts ignored, which parts would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / LOG).unlink(missing_ok=True)
     device = torch.cuda.get_device_properties(0)
     summary = [f"# gpu-check on {device.name}, torch {torch.__version__}", ""]
     failed = False

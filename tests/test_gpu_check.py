@@ -6,8 +6,10 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import gpu_check
+import gpu_session
 import pytest
 import torch
 from native import conformance
@@ -179,6 +181,75 @@ def test_what_runs_out_of_time_is_killed_with_its_children(tmp_path: Path) -> No
     status, last = gpu_check.run([sys.executable, "-c", script], 3, tmp_path / "log")
     assert (status, last) == (124, "begun")
     assert time.monotonic() - start < 30
+
+
+FAULTY = """
+import os, time
+import gpu_session
+
+def test_passes(): pass
+def test_fails(): assert 1 == 2, "a number"
+def test_hangs(): time.sleep(60)
+def test_dies(): os._exit(7)
+def test_faults():
+    gpu_session.lost_context = lambda: "an illegal memory access"
+    raise RuntimeError("a kernel faulted")
+def test_comes_last(): pass
+"""
+
+
+def test_the_cases_go_on_behind_a_kernel_that_takes_its_process_down(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "test_faulty.py").write_text(FAULTY)
+    monkeypatch.setattr(gpu_check, "SHARES", 2)
+    monkeypatch.setenv("GPU_SESSION_SECONDS", "2")
+    good, text = gpu_check.cases(tmp_path, str(tmp_path / "test_faulty.py"))
+    first, *rest = text.splitlines()
+    assert not good and first == "2 passed, 2 failed, 2 never ended of 6 tests"
+    assert sorted(rest) == [
+        "  - test_dies: it never ended, or its process died",
+        "  - test_fails: AssertionError: a number assert 1 == 2",
+        "  - test_faults: RuntimeError: a kernel faulted "
+        "[the CUDA context is lost: an illegal memory access]",
+        "  - test_hangs: it never ended, or its process died",
+    ]
+    log = (tmp_path / "log.txt").read_text()
+    assert "Timeout (0:00:02)!" in log and 'raise RuntimeError("a kernel faulted")' in log
+    assert sorted(p.name for p in tmp_path.glob("*.*")) == [
+        *("cases.jsonl", "log.txt", "test_faulty.py")
+    ]
+
+
+def test_cases_that_cannot_begin_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu_check, "SHARES", 1)
+    good, text = gpu_check.cases(tmp_path, str(tmp_path / "test_missing.py"))
+    assert not good and text.startswith("no test ran; ERROR: file or directory not found"), text
+
+
+def test_the_cases_are_divided_in_the_order_of_their_worth(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = [
+        *("test_runs_in_a_graph", "test_case_table[a-float32-flash1]", "test_block_masks[b]"),
+        *("test_case_table[a-float32-flash2]", "test_case_table[a-bfloat16-flash2]"),
+        *("test_case_table_of_decode[a]", "test_case_table[b-float16-flash2]"),
+    ]
+    monkeypatch.setattr(gpu_session, "FILE", tmp_path / "outcomes")
+    monkeypatch.setattr(gpu_session, "SHARES", 2)
+    deselected: list[Any] = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items))
+    shares = []
+    for share in range(2):
+        monkeypatch.setattr(gpu_session, "SHARE", share)
+        items: list[Any] = [SimpleNamespace(name=name, nodeid=name) for name in names]
+        gpu_session.note(test=names[3], outcome="begun")  # is not run again
+        gpu_session.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)  # type: ignore[arg-type]
+        shares.append([item.name for item in items])
+    assert shares == [[names[4], names[1], names[0]], [names[6], names[5], names[2]]]
+    assert [item.name for item in deselected] == [names[3]]
+    lines = gpu_session.read(tmp_path / "outcomes")
+    assert {line["share"]: line["tests"] for line in lines if "tests" in line} == {0: 4, 1: 3}
 
 
 def test_pytest_runs_without_the_projects_plugins(tmp_path: Path) -> None:

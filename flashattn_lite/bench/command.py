@@ -7,6 +7,7 @@ import datetime
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from flashattn_lite.bench.progress import Progress
 from flashattn_lite.bench.results import Results, ResultsError
 from flashattn_lite.bench.suites import SUITES, Plan, cases_of
 from flashattn_lite.bench.timing import Rounds
+
+SAVE_EVERY_S = 2.0  # a long run's file is large
 
 EPILOG = """\
 suites: forward, training (forward and backward), masks (window, ragged batches, bias, ALiBi,
@@ -185,7 +188,7 @@ def _measure(known: argparse.Namespace) -> int:
     path = None if known.no_json else known.json or default_path(results, suites)
     if path is not None:
         _check_writable(path)
-    interrupted = measure(results, plan, settings, suites)
+    interrupted = measure(results, plan, settings, suites, path)
     if path is not None and results.rows:
         results.save(path)
         print(f"\nresults: {path}")
@@ -195,8 +198,15 @@ def _measure(known: argparse.Namespace) -> int:
     return 1 if results.failures else 0
 
 
-def measure(results: Results, plan: Plan, settings: runner.Settings, suites: list[str]) -> bool:
-    """Runs the suites and prints their tables; True if the user stopped it on the way."""
+def measure(
+    results: Results,
+    plan: Plan,
+    settings: runner.Settings,
+    suites: list[str],
+    path: Path | None = None,
+) -> bool:
+    """Runs the suites and prints their tables; True if the user stopped it on the way. What has
+    been measured goes to ``path`` every few seconds: a run that is killed leaves it behind."""
     cases = {suite: cases_of(suite, plan) for suite in suites}
     flat = [case for some in cases.values() for case in some]
     if not flat:
@@ -204,7 +214,7 @@ def measure(results: Results, plan: Plan, settings: runner.Settings, suites: lis
     clock = runner.clock_for(flat[0], settings)
     ceilings_cost = 1.5 * len(plan.threads)
     total = ceilings_cost + sum(runner.cost(case, settings) for case in flat)
-    interrupted = False
+    interrupted, saved = False, 0.0
     with Progress(total) as progress:
         try:
             progress.step("how fast this machine can go", ceilings_cost)
@@ -213,6 +223,9 @@ def measure(results: Results, plan: Plan, settings: runner.Settings, suites: lis
                 what = f"{case.suite}: {case.dtype}, {case.label()}"
                 progress.step(what, runner.cost(case, settings))
                 results.rows.append(runner.measure(case, settings))
+                if path is not None and time.monotonic() - saved >= SAVE_EVERY_S:
+                    results.save(path)
+                    saved = time.monotonic()
         except KeyboardInterrupt:
             interrupted = True
     print("\n".join(present.header(results)))

@@ -117,8 +117,8 @@ def _sdpa_mask(case: Case, inputs: Inputs) -> Tensor | None:
     """The attn_mask that a case needs; None where is_causal says it all. Causal padding at the end
     needs none: no real row sees it."""
     n, device = case.seqlen, case.device
-    if inputs.block_mask is not None:
-        return inputs.block_mask.to_dense().to(device)
+    if inputs.dense_mask is not None:
+        return inputs.dense_mask
     if case.lengths and not case.causal:
         lengths = torch.tensor(case.lengths, device=device)[:, None, None, None]
         return (torch.arange(n, device=device) < lengths).expand(-1, 1, n, n)

@@ -153,8 +153,8 @@ def _oracle(
         keys = last if case.causal else k.shape[1]
         if inputs.bias is not None:
             options["bias"] = inputs.bias[:, head : head + 1, first:last, :keys]
-        if inputs.block_mask is not None:
-            options["mask"] = inputs.block_mask.to_dense()[:, :, first:last].to(q.device)
+        if inputs.dense_mask is not None:
+            options["mask"] = inputs.dense_mask[:, :, first:last]
         out, lse = reference.attention(rows, k[:, :keys], v[:, :keys], **options)
         if case.backward:
             out.backward(dout[:, first:last].to(precision))  # type: ignore[no-untyped-call]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +22,17 @@ class Inputs:
 
     def __init__(self, case: Case, seed: int = 0) -> None:
         self.case = case
-        generator = torch.Generator().manual_seed(seed)
+        # Drawn where they are needed: a CPU takes seconds for a GPU's sizes.
+        place: dict[str, Any] = {"device": case.device}
+        place["generator"] = torch.Generator(case.device).manual_seed(seed)
         total, dim = sum(case.sequences()), case.head_dim
 
         def make(heads: int, tokens: int = 0) -> Tensor:
             rows = tokens * len(case.sequences()) or total
-            t = torch.randn(rows, heads, dim, generator=generator).to(case.torch_dtype)
+            t = torch.randn(rows, heads, dim, **place).to(case.torch_dtype)
             if tokens:
-                return t.view(-1, tokens, heads, dim).to(case.device)
-            return (t if case.lengths else t.view(case.batch, case.seqlen, heads, dim)).to(
-                case.device
-            )
+                return t.view(-1, tokens, heads, dim)
+            return t if case.lengths else t.view(case.batch, case.seqlen, heads, dim)
 
         self.q = make(case.heads, case.tokens)
         self.k, self.v = make(case.kv_heads), make(case.kv_heads)
@@ -39,8 +40,8 @@ class Inputs:
         self.bias: Tensor | None = None
         self.slopes: Tensor | None = None
         if case.score == "bias":
-            bias = torch.randn(case.heads, case.seqlen, case.seqlen, generator=generator)
-            self.bias = bias.to(case.device, case.torch_dtype)[None]
+            bias = torch.randn(case.heads, case.seqlen, case.seqlen, **place)
+            self.bias = bias.to(case.torch_dtype)[None]
         elif case.score == "alibi":
             exponents = torch.arange(1, case.heads + 1) * (-8.0 / case.heads)
             self.slopes = torch.exp2(exponents).to(case.device)
@@ -60,6 +61,12 @@ class Inputs:
         order = torch.rand(n, n, generator=generator).argsort(-1).argsort(-1)
         listed = order < self.case.listed_blocks()
         return BlockMask.from_blocks(listed, self.case.seqlen, self.case.seqlen, block_size=BLOCK)
+
+    @cached_property
+    def dense_mask(self) -> Tensor | None:
+        """(1, 1, seqlen, seqlen), True where the block mask lets a row see a key."""
+        mask = self.block_mask
+        return None if mask is None else mask.to_dense().to(self.case.device)
 
     @cached_property
     def position(self) -> tuple[Tensor, Tensor]:

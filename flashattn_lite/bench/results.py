@@ -87,7 +87,9 @@ class Results:
     def save(self, path: Path) -> None:
         data = {**asdict(self), "rows": [row.as_json() for row in self.rows]}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"kind": KIND, "version": VERSION, **data}, indent=1) + "\n")
+        whole = path.with_name(f"{path.name}.new")  # never half a file, whenever the run is killed
+        whole.write_text(json.dumps({"kind": KIND, "version": VERSION, **data}, indent=1) + "\n")
+        whole.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Results:
