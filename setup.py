@@ -88,11 +88,15 @@ def cuda_architectures() -> list[str]:
     return os.environ.get("FAL_CUDA_ARCHS", "80;90a").replace(",", ";").split(";")
 
 
+def ptx_of(architectures: list[str]) -> str | None:
+    """The newest portable one: its PTX is compiled for later GPUs by the driver."""
+    return max((a for a in architectures if a.isdigit()), key=int, default=None)
+
+
 def gencode(architectures: list[str]) -> str:
     """SASS for each architecture, and PTX of the newest portable one."""
     flags = [f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures]
-    portable = max((a for a in architectures if a.isdigit()), key=int, default=None)
-    if portable:
+    if portable := ptx_of(architectures):
         flags.append(f"-gencode arch=compute_{portable},code=compute_{portable}")
     return " ".join(flags)
 
@@ -208,8 +212,11 @@ class NinjaFile:
                 if source.stem.endswith("_sm90")
                 else architectures
             )
+            flags = f"{common} {gencode(wanted)}"
+            if source.stem == "device_info" and (portable := ptx_of(architectures)):
+                flags += f" -DFAL_CUDA_PTX={portable}"
             if wanted:
-                objects.append(self.object("nvcc", source, f"{common} {gencode(wanted)}"))
+                objects.append(self.object("nvcc", source, flags))
         return objects
 
 

@@ -71,7 +71,11 @@ def _info(known: argparse.Namespace) -> int:
             "does not know them; a newer one (g++ 11) makes bfloat16 faster where the CPU has them"
         )
     cuda = build["cuda"]
-    architectures = cuda["architectures"] if cuda else "none (built without nvcc)"
+    names = [
+        f"{name} (PTX, for later GPUs)" if name.startswith("compute") else f"sm_{name}"
+        for name in (cuda["architectures"].split(",") if cuda else ())
+    ]
+    architectures = ", ".join(names) or "none (built without nvcc)"
     print(
         f"CUDA     kernels for {architectures}; PyTorch's CUDA: {facts['torch']['cuda'] or 'none'}"
     )

@@ -37,6 +37,16 @@ def test_info_tells_what_is_active(capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["cpu"]["threads"] == len(machine.usable_processors())
 
 
+def test_info_says_which_gpus_the_kernels_are_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = json.loads(_ops.build_info()) | {"cuda": {"architectures": "80,90a,compute_80"}}
+    monkeypatch.setattr(_ops, "build_info", lambda: json.dumps(build))
+    assert main(["info"]) == 0
+    said = "CUDA     kernels for sm_80, sm_90a, compute_80 (PTX, for later GPUs); "
+    assert said in capsys.readouterr().out
+
+
 def test_the_module_is_the_command(tmp_path: Path) -> None:
     root = Path(flashattn_lite.__file__).parents[1]
     done = subprocess.run(

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from native import ptxas
+from native import ptxas, sass
 
 needs_nvcc = pytest.mark.skipif(
     ptxas.find_nvcc() is None, reason="nvcc is not installed: the kernels cannot be compiled here"
@@ -51,3 +51,36 @@ def test_kernels_use_the_instructions_meant(architecture: str) -> None:
         if name.startswith("flash2_backward_kernel") and architecture.startswith("90"):
             reductions = re.findall(r"RED\S*ADD\.F32\S*", code)
             assert reductions and all("F32x4" in r for r in reductions), (name, reductions)
+
+
+@needs_nvdisasm
+def test_copies_and_reads_keep_to_their_sides_of_the_barriers(architecture: str) -> None:
+    """On every path of the machine code: what asm wrappers without a memory clobber would lose."""
+    for name, code in ptxas.sass(architecture).items():
+        # Decode's warps share nothing in their loop: each waits for its own lanes alone.
+        warps = name.startswith("decode")
+        barrier = sass.WARP_BARRIER if warps else sass.BLOCK_BARRIER
+        assert list(sass.copy_violations(code, barrier)) == [], name
+
+
+@needs_nvdisasm
+@pytest.mark.parametrize(
+    "removed,violation",
+    [
+        (r"BAR\.SYNC", "ldmatrix follows a wait with no barrier"),
+        (r"BAR\.SYNC", "a copy follows ldmatrix with no barrier"),
+        ("LDGDEPBAR", "a wait while copies are in no group"),
+    ],
+)
+def test_what_is_taken_away_from_the_code_shows(
+    architecture: str, removed: str, violation: str
+) -> None:
+    kernels = ptxas.sass(architecture)
+    for name in (
+        "flash1_forward_kernel<64, NoScoreMod>",
+        "flash2_forward_kernel<128, NoScoreMod, ContiguousKv>",
+        "flash2_backward_kernel<64, NoScoreMod, true>",
+    ):
+        code = re.sub(rf"\b{removed}[^;]*;", "NOP ;", kernels[name])
+        found = list(sass.copy_violations(code, sass.BLOCK_BARRIER))
+        assert any(violation in line for line in found), name

@@ -32,6 +32,9 @@ const char* compiled_architectures() {
   static const std::string list = [] {
     std::string s = FAL_STRING(FAL_CUDA_ARCHITECTURES);  // joined by '_' on the command line
     std::replace(s.begin(), s.end(), '_', ',');
+#ifdef FAL_CUDA_PTX
+    s += ",compute_" FAL_STRING(FAL_CUDA_PTX);
+#endif
     return s;
   }();
   return list.c_str();

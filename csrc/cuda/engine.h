@@ -28,6 +28,6 @@ int backward(Algorithm algorithm, const BackwardProblem& problem, void* workspac
 const char* error_string(int error);
 // Compute capability of a device (major * 10 + minor), cached; negative when it cannot be asked.
 int device_capability(int device);
-const char* compiled_architectures();  // e.g. "80,90a,compute_90"
+const char* compiled_architectures();  // e.g. "80,90a,compute_80"
 
 }  // namespace fal::cuda

@@ -127,6 +127,7 @@ def report(architecture: str) -> Report:
     }
 
 
+@functools.cache
 def sass(architecture: str) -> dict[str, str]:
     """The machine code of every kernel, as text. Needs nvdisasm."""
     nvdisasm = find_nvdisasm()
