@@ -419,7 +419,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tu
     varlen = q.dim() == 3
     # The sum of nothing: 0, and it ties the result to its inputs, so that gradients exist (and are
     # zero) when no sequence does.
-    nothing = torch.stack([t[:0].sum().to(precision) for t in (q, k, v)]).sum()
+    inputs = [t for t in (q, k, v, options.get("sinks"), options.get("bias")) if t is not None]
+    nothing = torch.stack([t[None][:0].sum().to(precision) for t in inputs]).sum()
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=precision) + nothing
     shape = (q.shape[1], q.shape[0]) if varlen else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_full(shape, -math.inf, dtype=precision)

@@ -359,6 +359,7 @@ static bool operands_finite(const BackwardProblem& problem, const ThreadPool& po
 struct AmxBackward {
   using Scratch = AmxBackwardScratch;
   static constexpr int kTileKeys = kAmxTileKeys;  // and of a key block, at most
+  static constexpr bool kCanSumDelta = false;  // dS of a block follows while the next is multiplied
 
   FAL_INLINE static int max_tile_rows(const Shape& shape) {
     return (shape.head_dim + shape.head_dim_v > 256 ? 4 : AmxBackwardTile::kMaxPanels) * kPanel;

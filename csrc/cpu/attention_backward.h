@@ -237,6 +237,7 @@ template <class Word>
 struct VectorBackward {
   using Scratch = BackwardScratch<Word>;
   static constexpr int kTileKeys = fal::cpu::FAL_CPU_ISA::kTileKeys;
+  static constexpr bool kCanSumDelta = true;
 
   FAL_INLINE static int max_tile_rows(const Shape&) { return kTileRows; }
 
@@ -345,7 +346,8 @@ static void backward_item(const void* arg, int64_t item, char* memory) {
           {GeneralScoreMod::make(f.score, b, h, band.shift()), f.score.scale, s.bias},
           {f.score.dropout_seed, f.score.dropout_threshold},
           plan.lse + stat,
-          plan.delta + stat};
+          plan.delta + stat,
+          plan.sums_delta(seq)};
       bool first = true;
       for (int j = 0; j < block.size(); j += plan.tile_keys) {
         const Range keys{block.begin + j, min_int(block.begin + j + plan.tile_keys, block.end)};

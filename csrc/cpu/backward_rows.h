@@ -15,6 +15,7 @@ struct BackwardPlan {
   int scratch_keys;           // room of a block: its tiles' sizes rounded up to what products need
   int64_t row_blocks, key_blocks;  // per (batch entry, head)
   double flops;
+  bool can_sum_delta;
   // Shared by all threads.
   float *lse, *delta;  // [heads_q][rows_q]; lse in base 2, +inf for a row that sees nothing
   float* dq_sum;       // [heads_q][rows_q][head_dim, whole vectors]; null when no row needs it
@@ -35,6 +36,11 @@ struct BackwardPlan {
   }
   FAL_INLINE int64_t row_item(int b, int h, int64_t block) const {
     return (static_cast<int64_t>(b) * shape().heads_q + h) * row_blocks + block;
+  }
+  // O comes rounded to 16 bits, which delta = rowsum(dO * O) would inherit; rowsum(P * dP) is the
+  // same in exact arithmetic. It is known before the first dS where one tile holds all keys.
+  FAL_INLINE bool sums_delta(const Sequence& seq) const {
+    return can_sum_delta && seq.seqlen_k <= tile_keys;
   }
   // Of row i of a sequence within arrays [heads_q][rows_q].
   FAL_INLINE int64_t stat_index(int b, int h, int32_t i) const {
@@ -69,6 +75,7 @@ struct BackwardPlan {
       plan.tile_keys = tile_of_blocks(plan.tile_keys, f.block_mask.block_k, 16);
       plan.block_keys = tiles * plan.tile_keys;
     }
+    plan.can_sum_delta = Product::kCanSumDelta && f.shape.dtype != DType::kFloat32;
     plan.row_blocks = (longest_q + plan.tile_rows - 1) / plan.tile_rows;
     plan.key_blocks = (longest_k + plan.block_keys - 1) / plan.block_keys;
     return plan;
@@ -174,15 +181,19 @@ static void backward_row_item(const void* arg, int64_t item, char*) {
   for (int32_t i = sees_keys ? rows.end : begin; i < allocated.end; ++i) {
     zero_row(dq.at(b, seq.row_q + i, h), shape.head_dim);
   }
+  const bool sums_delta = plan.sums_delta(seq);
   double sink_sum = 0.0;
   for (int32_t i = rows.begin; i < rows.end; ++i) {
     const int64_t row = seq.row_q + i, stat = plan.stat_index(b, h, i);
     const float lse = lse_reference(*f.lse.at(b, h, row));
-    float delta =
-        row_dot(f.out.as<T>().at(b, row, h), p.dout.as<T>().at(b, row, h), shape.head_dim_v);
-    if (p.dlse.data) delta -= *p.dlse.at(b, h, row);
+    float dot = 0.f;  // rowsum(dO * O)
+    if (!sums_delta || plan.sink_part) {
+      dot = row_dot(f.out.as<T>().at(b, row, h), p.dout.as<T>().at(b, row, h), shape.head_dim_v);
+    }
+    const float dlse = p.dlse.data ? *p.dlse.at(b, h, row) : 0.f;
+    const float delta = dot - dlse;
     plan.lse[stat] = lse * kLog2E;
-    plan.delta[stat] = delta;
+    plan.delta[stat] = sums_delta ? -dlse : delta;
     // The sink's value is 0: dsink = P_sink * (0 - delta).
     if (plan.sink_part) sink_sum -= static_cast<double>(expf(f.score.sinks[h] - lse)) * delta;
   }

@@ -18,6 +18,7 @@ struct BackwardTile {
   PanelScoreMod mod;
   Dropout dropout;
   const float *lse, *delta;  // of the tile's rows: base-2 LSE (+inf for an empty row), delta
+  bool sums_delta;           // delta lacks rowsum(P * dP), which the tile sums up itself
 
   // Of a panel's lanes; padded ones have lse +inf, so that P = 0.
   FAL_INLINE void load_stats(int panel_row, Float (&lse_of_lane)[kVectors],
@@ -64,18 +65,51 @@ FAL_INLINE void store_gradients(Pair* p_rows, Pair* ds_rows, Pair* ds_of_keys, i
 }
 #endif
 
-// From scale * S^T (in `p`, base 2) and dP^T (in `ds`) of one panel to P^T (dropped and scaled
-// where dropout says so) and dS^T. All are [key - range.begin][kStride], lanes from panel_row on;
-// the words' places too. The scale is 1 for words of fp32.
+// P^T from scale * S^T (base 2) and dP^T of one panel at (key r, vector v): dropped and scaled
+// where dropout says so, nothing where nothing is visible.
 template <int kStride, class Word>
-static FAL_NOINLINE void gradient_panel(const BackwardTile& t, int panel_row, PanelRange range,
-                                        const PanelMask& mask, float scale, const float* p_panel,
-                                        const float* ds_panel, const int32_t* keep_panel,
-                                        Word* p_rows, Word* ds_rows, Word* ds_of_keys) {
+struct GradientTerms {
+  PanelRange range;
+  const PanelMask& mask;
+  const int32_t* keep_panel;
+  Float lse[kVectors], scale, keep_scale;
+
+  FAL_INLINE Float probability(Float s, int r, int v) const {
+    const Float x = exp2(kScaledQ<Word> ? s - lse[v] : fma(s, scale, -lse[v]));
+    return visible(x, r, v);
+  }
+  FAL_INLINE Float visible(Float x, int r, int v) const {
+    return range.masked ? keep(mask.visible(v, r), x) : x;
+  }
+  FAL_INLINE Float drop(Float x, int r, int v) const {
+    if (!keep_panel) return x;
+    return keep_bits(load(keep_panel + (r - range.begin) * kStride + v * kLanes), x) * keep_scale;
+  }
+};
+
+// rowsum(P * dP), of all keys that the panel's rows see; P takes the place of S.
+template <int kStride, class Word>
+FAL_INLINE void sum_delta(const GradientTerms<kStride, Word>& terms, float* p_panel,
+                          const float* ds_panel, Float (&sums)[kVectors]) {
+  for (int r = terms.range.begin; r < terms.range.end; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = (r - terms.range.begin) * kStride + v * kLanes;
+      const Float p = terms.probability(load(p_panel + at), r, v);
+      store(p_panel + at, p);
+      sums[v] = sums[v] + terms.visible(p * terms.drop(load(ds_panel + at), r, v), r, v);
+    }
+  }
+}
+
+// P^T and dS^T to where the products want them. A branch on kSummed in the loop costs 1.5 % of
+// backward.
+template <bool kSummed, int kStride, class Word>
+FAL_INLINE void store_panel(const GradientTerms<kStride, Word>& terms,
+                            const Float (&delta)[kVectors], const float* p_panel,
+                            const float* ds_panel, Word* p_rows, Word* ds_rows, Word* ds_of_keys) {
   constexpr int kKeys = kPerWord<Word>;
-  Float lse[kVectors], delta[kVectors];
-  t.load_stats(panel_row, lse, delta);
-  const Float keep_scale = set1(t.dropout.keep_scale()), scale_of_lane = set1(scale);
+  const PanelRange range = terms.range;
   for (int r = range.begin; r < range.end; r += kKeys) {
     Float p[kKeys][kVectors], ds[kKeys][kVectors];
 #pragma GCC unroll 2
@@ -84,23 +118,36 @@ static FAL_NOINLINE void gradient_panel(const BackwardTile& t, int panel_row, Pa
       for (int v = 0; v < kVectors; ++v) {
         const int at = (r + i - range.begin) * kStride + v * kLanes;
         const Float s = load(p_panel + at);
-        Float x = exp2(kScaledQ<Word> ? s - lse[v] : fma(s, scale_of_lane, -lse[v]));
-        Float dp = load(ds_panel + at);
-        if (range.masked) x = keep(mask.visible(v, r + i), x);
-        Float dropped = x;
-        if (keep_panel) {
-          const Int kept = load(keep_panel + at);
-          dp = keep_bits(kept, dp) * keep_scale;
-          dropped = keep_bits(kept, x) * keep_scale;
-        }
-        Float gradient = x * (dp - delta[v]);
-        if (range.masked) gradient = keep(mask.visible(v, r + i), gradient);
-        p[i][v] = dropped;
-        ds[i][v] = gradient;
+        const Float x = kSummed ? s : terms.probability(s, r + i, v);
+        const Float dp = terms.drop(load(ds_panel + at), r + i, v);
+        p[i][v] = terms.drop(x, r + i, v);
+        ds[i][v] = terms.visible(x * (dp - delta[v]), r + i, v);
       }
     }
     store_gradients<kStride>(p_rows, ds_rows, ds_of_keys, (r - range.begin) / kKeys, p, ds);
   }
+}
+
+// From scale * S^T (in `p`, base 2) and dP^T (in `ds`) of one panel to P^T (dropped and scaled
+// where dropout says so) and dS^T. All are [key - range.begin][kStride], lanes from panel_row on;
+// the words' places too. The scale is 1 for words of fp32.
+template <int kStride, class Word>
+static FAL_NOINLINE void gradient_panel(const BackwardTile& t, int panel_row, PanelRange range,
+                                        const PanelMask& mask, float scale, float* p_panel,
+                                        const float* ds_panel, const int32_t* keep_panel,
+                                        Word* p_rows, Word* ds_rows, Word* ds_of_keys) {
+  GradientTerms<kStride, Word> terms{range, mask,        keep_panel,
+                                     {},    set1(scale), set1(t.dropout.keep_scale())};
+  Float delta[kVectors];
+  t.load_stats(panel_row, terms.lse, delta);
+  if (!t.sums_delta) {
+    store_panel<false>(terms, delta, p_panel, ds_panel, p_rows, ds_rows, ds_of_keys);
+    return;
+  }
+  Float sums[kVectors] = {};
+  sum_delta(terms, p_panel, ds_panel, sums);
+  for (int v = 0; v < kVectors; ++v) delta[v] = delta[v] + sums[v];
+  store_panel<true>(terms, delta, p_panel, ds_panel, p_rows, ds_rows, ds_of_keys);
 }
 
 // dS^T of one panel -> the bias gradient, then through the softcap. Laid out as above.
