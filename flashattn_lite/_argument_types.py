@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashattn_lite._ops import ArgumentError
 
-__all__ = ["by_annotation", "dense", "flag", "given", "index", "number", "tensors"]
+__all__ = ["break_graph", "by_annotation", "dense", "flag", "given", "index", "number", "tensors"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,10 +54,18 @@ def given(**values: Any) -> dict[str, Any]:
     return {argument: value for argument, value in values.items() if value is not None}
 
 
+def break_graph(name: str, reason: str) -> None:
+    """Under torch.compile, ends the graph before a tensor is read; fullgraph=True says why."""
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=f"{name}: {reason}")
+
+
 def number(name: str, argument: str, value: Any) -> float:
     """A float from a float, an int, or a scalar of numpy's or torch's."""
     if isinstance(value, float | torch.SymFloat | torch.SymInt):
         return value  # type: ignore[return-value]
+    if isinstance(value, Tensor):
+        break_graph(name, f"{argument} is a tensor, which has to be read; give it as a float")
     try:
         if not isinstance(value, str | bytes | complex):
             return float(value)
@@ -70,6 +78,8 @@ def index(name: str, argument: str, value: Any) -> int:
     """An int from an int, or an integer scalar of numpy's or torch's; nothing cut from a float."""
     if isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
+    if isinstance(value, Tensor):
+        break_graph(name, f"{argument} is a tensor, which has to be read; give it as an int")
     try:
         integer = operator.index(value)
     except (TypeError, ValueError, RuntimeError):

@@ -26,6 +26,8 @@ _INDEX_VECTORS: tuple[_IndexVector, ...] = (
     "leftpad_k",
 )
 
+READ = (*_INDEX_VECTORS, "block_table")  # options whose contents decide what is computed
+
 _TENSORS = (
     *(*_INDEX_VECTORS, "block_table", "k_scale", "v_scale"),
     *("alibi_slopes", "sinks", "bias", "mask"),

@@ -113,6 +113,10 @@ def _through_reference(
     q: Tensor, k: Tensor, v: Tensor, name: str, **options: Unpack[reference.Options]
 ) -> tuple[Tensor, Tensor]:
     """float64 all the way; the results in q's dtype (LSE: float32, float64 for float64)."""
+    for argument in _checks.READ:
+        if options.get(argument) is not None:
+            reason = f"{argument} has to be read by the reference, which float64 runs through"
+            _argument_types.break_graph(name, f"{reason}; give float32, or no fullgraph=True")
     _checks.check(name, q, k, v, options)
     out, lse = reference.attention(q, k, v, **options)
     return out.to(q.dtype), lse if q.dtype is torch.float64 else lse.float()

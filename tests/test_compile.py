@@ -131,6 +131,33 @@ def test_what_inspects_attention_compiles() -> None:
         assert torch.equal(compiled(q, k, v), expected)
 
 
+def test_what_has_to_be_read_ends_the_graph_and_fullgraph_says_why() -> None:
+    cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32)
+    q, tokens = torch.randn(1, 7, 2, 8), torch.randn(7, 2, 8, dtype=torch.float64)
+
+    def windowed(q: Tensor, window: Tensor) -> Any:
+        return flash_attn_func(q, q, q, window_size=window)
+
+    def scaled(q: Tensor, scale: Tensor) -> Any:
+        return flash_attn_func(q, q, q, softmax_scale=scale)  # type: ignore[arg-type]
+
+    def packed(q: Tensor, cu_seqlens: Tensor) -> Any:
+        return flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, 4, 4)
+
+    for function, arguments, reason in (
+        (windowed, (q, torch.tensor([3, 1])), r"window_size\[0\] is a tensor, which has"),
+        (scaled, (q, torch.tensor(0.5)), "softmax_scale is a tensor, which has"),
+        (packed, (tokens, cu_seqlens), "cu_seqlens_q has to be read by the reference"),
+    ):
+        torch._dynamo.reset()
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=f"flash_attn_.*: {reason}"):
+            compiled(*arguments)
+        torch._dynamo.reset()
+        compiled = torch.compile(function, backend="aot_eager")
+        assert torch.equal(compiled(*arguments), function(*arguments))
+
+
 def test_inductor() -> None:
     """Code generation and all: needs a C++ compiler at run time, as the build did."""
     q, k, v = (torch.randn(2, 9, 2, 8, requires_grad=True) for _ in range(3))
