@@ -343,8 +343,11 @@ def _run(
         if table is not None:  # row r is slot r % page_size of logical page r // page_size
             row = torch.arange(rows.start, rows.stop, device=t.device)
             where = (table[s.batch][row // t.shape[1]].long(), row % t.shape[1])
-        x = t[where] if table is not None else t[rows] if cu_k is not None else t[s.batch, rows]
-        x = x.to(precision)
+        # float8 by bytes: not every torch can index it on every device.
+        eight_bits = t.dtype is torch.float8_e4m3fn
+        x = t.view(torch.uint8) if eight_bits else t
+        x = x[where] if table is not None else x[rows] if cu_k is not None else x[s.batch, rows]
+        x = (x.view(t.dtype) if eight_bits else x).to(precision)
         if factor is not None:
             f = factor
             f = f[where] if table is not None else f[rows] if cu_k is not None else f[s.batch, rows]
@@ -420,7 +423,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, **options: Unpack[Options]) -> tu
     # The sum of nothing: 0, and it ties the result to its inputs, so that gradients exist (and are
     # zero) when no sequence does.
     inputs = [t for t in (q, k, v, options.get("sinks"), options.get("bias")) if t is not None]
-    nothing = torch.stack([t[None][:0].sum().to(precision) for t in inputs]).sum()
+    nothing = torch.stack([t[None][:0].to(precision).sum() for t in inputs]).sum()
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]), dtype=precision) + nothing
     shape = (q.shape[1], q.shape[0]) if varlen else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_full(shape, -math.inf, dtype=precision)

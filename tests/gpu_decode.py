@@ -42,7 +42,7 @@ def cache(storage: str, page_size: int) -> tuple[Tensor, Tensor, dict[str, Tenso
             tensors.append(torch.randn(shape, device="cuda", dtype=torch.bfloat16))
             continue
         stored = torch.randint(-100, 101, shape, device="cuda", dtype=torch.int8)
-        tensors.append(stored if storage == "int8" else stored.to(STORED[storage]))
+        tensors.append(stored if storage == "int8" else stored.bfloat16().to(STORED[storage]))
         options[name] = torch.rand(shape[:3], device="cuda") / 50
     return tensors[0], tensors[1], options
 

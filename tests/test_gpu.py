@@ -56,7 +56,7 @@ def out_of_reach(case: Case) -> str:
 @pytest.mark.parametrize("case", all_cases(), ids=str)
 def test_case_table(case: Case, algorithm: str) -> None:
     reason = out_of_reach(case)
-    if reason and case.batch:
+    if reason:
         with pytest.raises(ArgumentError, match=reason):
             check_case(runner(algorithm), case, device="cuda")
     else:
@@ -84,7 +84,7 @@ def test_case_table_of_decode(case: Case) -> None:
     """With at most five query tokens a sequence; decode has no backward, and takes a bias."""
     reason = out_of_reach(replace(case, bias=""))
     reason = reason or ("decoding has no dropout" if case.dropout_p else "")
-    if reason and case.batch:
+    if reason:
         with pytest.raises(ArgumentError, match=reason):
             check_case(runner("decode"), case, device="cuda", backward=False)
     else:
