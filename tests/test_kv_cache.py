@@ -63,6 +63,15 @@ def test_threads_change_no_bit(isa: str) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+def test_a_cache_larger_than_l3_has_the_same_bits(isa: str) -> None:
+    """It is walked key by key, K and V in turns, unless its heads lie apart."""
+    n = 4501
+    q, k, v = (seeded(1, rows, 8, 128, dtype=torch.float32) for rows in (1, n, n))
+    assert 2 * k.nbytes > 32 * 2**20
+    apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
+    assert torch.equal(decode(q, k, v, (n,)), decode(q, *apart, (n,)))
+
+
 @pytest.mark.parametrize("page_size", (1, 5, 16, 64, 256))
 def test_pages_change_no_bit(page_size: int, isa: str) -> None:
     k, v = ([seeded(n, 2, 64, dtype=torch.float16) for n in (700, 90)] for _ in range(2))

@@ -67,6 +67,27 @@ FAL_NOINLINE void read_by_head(const char* memory, int keys_ahead) {
   keep_sum(sums);
 }
 
+// K and V, the two halves of the memory, `chunk` bytes of each in turns, by loads of a Part.
+using HalfLine = float __attribute__((vector_size(32)));
+template <class Part>
+FAL_NOINLINE void read_in_turns(const char* memory, int64_t chunk) {
+  Part sums[4] = {};
+  for (int64_t at = 0; at < kMemory / 2; at += chunk) {
+    for (const char* from : {memory + at, memory + kMemory / 2 + at}) {
+      for (int64_t i = 0; i < chunk; i += sizeof sums) {
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          Part x;
+          memcpy(&x, from + i + j * sizeof x, sizeof x);
+          sums[j] += x;
+        }
+      }
+    }
+  }
+  sums[0] += sums[1] + (sums[2] + sums[3]);
+  sink = sums[0][0];
+}
+
 // The best of the samples, in GB/s: a ceiling is what the machine reaches.
 template <class Run>
 double rate(int64_t bytes, const Run& run) {
@@ -102,6 +123,12 @@ void measure_all() {
   measure_orders<512>(memory);
   measure_orders<256>(memory);
   measure_orders<128>(memory);
+  printf("\n%-34s %9s %9s\n", "K and V in turns, GB/s; bytes each", "32 a load", "a vector");
+  for (const int64_t chunk : {int64_t{512}, int64_t{4096}, int64_t{65536}, kMemory / 2}) {
+    printf("%-34ld %9.1f %9.1f\n", static_cast<long>(chunk),
+           rate(kMemory, [=] { read_in_turns<HalfLine>(memory, chunk); }),
+           rate(kMemory, [=] { read_in_turns<Float>(memory, chunk); }));
+  }
   free(memory);
 }
 

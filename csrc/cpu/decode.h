@@ -92,67 +92,130 @@ FAL_INLINE void decode_mask(const DecodeItem& item, const DecodeScratch& s, int 
   }
 }
 
+// A tile of keys on its way through the two products.
+template <class E>
+struct DecodeTile {
+  DecodeKeys<E> keys;
+  Range range;
+  bool full;      // all rows see all of it
+  float* scores;  // [pass][key][column]
+
+  FAL_INLINE void fetch(const DecodeItem& item, const KvRuns& runs, int begin, int end) {
+    int n = min_int(kDecodeKeys, end - begin);
+    // Of one block, so that no row of a block that nobody sees is touched.
+    if (item.mask) n = min_int(n, item.mask->block_k - begin % item.mask->block_k);
+    range = {begin, begin + n};
+    const Range all = item.band.keys_of_all(item.tokens());
+    full = all.begin <= range.begin && range.end <= all.end &&
+           (!item.mask || item.mask->all_full(item.tokens(), range));
+    keys.fetch(runs, item.heads, begin, n);
+  }
+};
+
+// O += P V of one tile and S = K Q^T of the next (either may be null).
+//
+// Tile by tile O stays in registers; V, read a head at a time, is prefetched while K is multiplied.
+// Streaming, a few keys of each in turns, memory delivers rows of K and V one after the other, each
+// element once; O passes through L1 for every key, which pays only for rows as long as fp32's.
+template <class E, int M>
+static FAL_NOINLINE void decode_products(const DecodeItem& item, const DecodeScratch& s,
+                                         const DecodeState& state, const DecodeTile<E>* values,
+                                         const DecodeTile<E>* scores) {
+  using Product = DecodeProduct<E>;
+  const DecodePlan& plan = item.plan;
+  const int dims = plan.problem.shape.head_dim, dims_v = plan.problem.shape.head_dim_v;
+  const int q_ld = round_up(dims, Product::kStep), columns = item.columns();
+  // Unless it is in Q; decode_modify() applies it to the scores that it modifies.
+  const float scale = plan.general ? 1.f : plan.problem.score.scale * kLog2E;
+  const bool streaming = sizeof(E) == sizeof(float) && M == 1 && plan.streaming;
+  const int step = streaming ? max_int(1, kLanes / M >> item.heads.shift()) : kDecodeKeys;
+  for (int pass = 0; pass < item.passes; ++pass) {
+    const auto* q = reinterpret_cast<const typename Product::Query*>(s.q) +
+                    static_cast<int64_t>(pass) * columns * q_ld;
+    float* out = state.out + static_cast<int64_t>(pass) * columns * plan.out_ld;
+    const int at = pass * kDecodeKeys * columns, lanes = pass * item.column_ld();
+    const auto multiply = [&](Range keys, auto prefetch) {
+      decode_scores<E, M, decltype(prefetch)::value>(scores->keys, item.heads, keys, q, q_ld, dims,
+                                                     dims_v, scale, scores->scores + at);
+    };
+    const auto add = [&](Range keys) {
+      decode_values<E, M>(values->keys, item.heads, keys, values->scores + at, dims_v, out,
+                          plan.out_ld);
+    };
+    if (values) {
+      decode_shrink(s.alpha + lanes, columns, out, plan.out_ld);
+      if (!values->full) {
+        decode_values_exactly<E, M>(values->keys, item.heads, s.visible + lanes,
+                                    values->scores + at, dims_v, out, plan.out_ld);
+      }
+    }
+    for (int key = 0; key < kDecodeKeys; key += step) {
+      const Range keys{key, key + step};
+      if (scores) {
+        const Range some = intersect(keys, {0, scores->range.size()});
+        if (pass == 0 && !streaming) {
+          multiply(some, std::true_type{});
+        } else {
+          multiply(some, std::false_type{});
+        }
+      }
+      if (values && values->full) {
+        const Range some = intersect(keys, {0, values->range.size()});
+        if (!streaming) add(some);
+        for (int k = some.begin; streaming && k < some.end; ++k) add({k, k + 1});
+      }
+    }
+  }
+}
+
+// From a tile's products to probabilities.
+template <class E, int M>
+static FAL_NOINLINE void decode_probabilities(const DecodeItem& item, const DecodeScratch& s,
+                                              const DecodeState& state, const DecodeTile<E>& tile) {
+  const int columns = item.columns(), n = tile.range.size();
+  if (!tile.full) fill_visible(item, s, tile.range);
+  for (int pass = 0; pass < item.passes; ++pass) {
+    float* scores = tile.scores + pass * kDecodeKeys * columns;
+    const int lanes = pass * item.column_ld();
+    hide_rest(n, columns, scores);
+    if (item.plan.general) decode_modify(item, s, pass, tile.range.begin, n, scores);
+    if (!tile.full) decode_mask(item, s, pass, n, scores);
+    decode_softmax<E>(tile.keys, columns, __builtin_ctz(M), scores, state.max + lanes,
+                      state.sum + lanes, s.alpha + lanes);
+  }
+}
+
 // All rows of the item's heads against the keys of one part.
 template <class E, int M>
 static FAL_NOINLINE void decode_part(const DecodeItem& item, const DecodeScratch& s,
                                      const DecodeState& state, const KvRuns& runs, Range keys) {
   const DecodePlan& plan = item.plan;
   const Shape& shape = plan.problem.shape;
-  using Product = DecodeProduct<E>;
-  const int q_ld = round_up(shape.head_dim, Product::kStep), dims = shape.head_dim;
-  // Unless it is in Q; decode_modify() applies it to the scores that it modifies.
-  const float scale = plan.general ? 1.f : plan.problem.score.scale * kLog2E;
-  const int columns = item.columns(), column_ld = item.column_ld();
-  for (int at = 0; at < item.passes * column_ld; at += kLanes) {
+  const int lanes = item.passes * item.column_ld();
+  for (int at = 0; at < lanes; at += kLanes) {
     store(state.max + at, set1(-FAL_INFINITY));
     store(state.sum + at, set1(0.f));
   }
-  memset(state.out, 0, sizeof(float) * item.passes * columns * plan.out_ld);
-  const Range all = item.band.keys_of_all(item.tokens());
+  memset(state.out, 0, sizeof(float) * item.passes * item.columns() * plan.out_ld);
   if (plan.general) fill_columns(item, s);
 
-  DecodeKeys<E> tile;
-  for (int begin = item.next_key(keys.begin, keys.end), next; begin < keys.end; begin = next) {
-    int n = min_int(kDecodeKeys, keys.end - begin);
-    // Of one block, so that no row of a block that nobody sees is touched.
-    if (item.mask) n = min_int(n, item.mask->block_k - begin % item.mask->block_k);
-    next = item.next_key(begin + n, keys.end);
-    const Range tile_keys{begin, begin + n};
-    const bool full = all.begin <= begin && begin + n <= all.end &&
-                      (!item.mask || item.mask->all_full(item.tokens(), tile_keys));
-    tile.fetch(runs, item.heads, begin, n);
-    if (!full) fill_visible(item, s, tile_keys);
-    if (next < keys.end) {
-      prefetch_pages_of_tile<E>(runs, item.heads, next, shape.head_dim, shape.head_dim_v);
+  DecodeTile<E> tiles[2];
+  for (int i = 0; i < 2; ++i) tiles[i].scores = s.scores[i];
+  DecodeTile<E>* before = nullptr;
+  int begin = item.next_key(keys.begin, keys.end);
+  for (int i = 0; begin < keys.end; i ^= 1) {
+    DecodeTile<E>& tile = tiles[i];
+    tile.fetch(item, runs, begin, keys.end);
+    begin = item.next_key(tile.range.end, keys.end);
+    if (begin < keys.end) {
+      prefetch_pages_of_tile<E>(runs, item.heads, begin, shape.head_dim, shape.head_dim_v);
     }
-    for (int pass = 0; pass < item.passes; ++pass) {
-      const int lanes = pass * column_ld;
-      const auto* q = reinterpret_cast<const typename Product::Query*>(s.q) +
-                      static_cast<int64_t>(pass) * columns * q_ld;
-      float* out = state.out + static_cast<int64_t>(pass) * columns * plan.out_ld;
-      if (pass == 0) {
-        decode_scores<E, M, true>(tile, item.heads, n, q, q_ld, dims, shape.head_dim_v, scale,
-                                  s.scores);
-      } else {
-        decode_scores<E, M, false>(tile, item.heads, n, q, q_ld, dims, shape.head_dim_v, scale,
-                                   s.scores);
-      }
-      if (plan.general) decode_modify(item, s, pass, begin, n, s.scores);
-      if (!full) decode_mask(item, s, pass, n, s.scores);
-      decode_softmax<E>(tile, columns, __builtin_ctz(M), s.scores, state.max + lanes,
-                        state.sum + lanes, s.alpha);
-      if (pass == 0 && next < keys.end) {
-        prefetch_first_rows<E>(runs, item.heads, next, shape.head_dim);
-      }
-      if (full) {
-        decode_values<E, M>(tile, item.heads, n, s.scores, s.alpha, shape.head_dim_v, out,
-                            plan.out_ld);
-      } else {
-        decode_values_exactly<E, M>(tile, item.heads, s.visible + lanes, s.scores, s.alpha,
-                                    shape.head_dim_v, out, plan.out_ld);
-      }
-    }
+    decode_products<E, M>(item, s, state, before, &tile);
+    if (begin < keys.end) prefetch_first_rows<E>(runs, item.heads, begin, shape.head_dim);
+    decode_probabilities<E, M>(item, s, state, tile);
+    before = &tile;
   }
+  if (before) decode_products<E, M>(item, s, state, before, nullptr);
 }
 
 // Adds the next part's state to the first's.
@@ -305,8 +368,18 @@ FAL_INLINE int heads_of_item(const ForwardProblem& p, int64_t parts, int threads
   int heads = 1;
   if (p.kv.k.head > p.kv.k.row || p.kv.v.head > p.kv.v.row) return heads;
   while (2 * heads <= p.shape.heads_k && heads < kDecodeColumns) heads *= 2;
+  if (threads == 1) return heads;
   while (heads > 1 && parts * p.shape.heads_k / heads < kItemsPerThread * threads) heads /= 2;
   return heads;
+}
+
+// Whether K and V, so many bytes, come from memory rather than from a cache, in whole rows of all
+// heads for which a row of Q and one of O fit L1 beside them.
+FAL_INLINE bool streams(const Shape& s, int heads, int64_t bytes) {
+  constexpr int64_t kCacheBytes = 32 << 20;  // more than a process has of L3, mostly
+  constexpr int kRowFloats = 1024;
+  return bytes > kCacheBytes && heads == s.heads_k &&
+         heads * max_int(s.head_dim, s.head_dim_v) <= kRowFloats;
 }
 
 template <class T, bool kReadsQuantised>
@@ -335,6 +408,7 @@ static void decode(const ForwardProblem& problem, const ThreadPool& pool) {
   int most_parts = 1;
   int64_t items = 0;
   double flops = 0;
+  int64_t keys = 0;
   for (int b = 0; b < shape.batch; ++b) {
     if (!decoding(b, &cut)) continue;
     most_parts = max_int(most_parts, cut.parts);
@@ -342,6 +416,7 @@ static void decode(const ForwardProblem& problem, const ThreadPool& pool) {
     plan.columns = max_int(plan.columns, cut.passes * columns);
     plan.lanes = max_int(plan.lanes, cut.passes * max_int(columns, kLanes));
     items += static_cast<int64_t>(cut.parts) * cut.items;
+    keys += cut.seen.size();
     flops += 2.0 * shape.heads_k * (shape.head_dim + shape.head_dim_v) * cut.rows *
              (cut.seen.size() + 1.0);
   }
@@ -366,6 +441,9 @@ static void decode(const ForwardProblem& problem, const ThreadPool& pool) {
   ScratchCursor scratch{nullptr};
   DecodeScratch::place(&scratch, plan);
   const auto run = [&](auto stored) {
+    const int64_t key_dims =
+        static_cast<int64_t>(shape.heads_k) * (shape.head_dim + shape.head_dim_v);
+    plan.streaming = streams(shape, plan.most_heads, keys * key_dims * sizeof stored);
     run_items(pool, items, flops, scratch.used, &decode_item<T, decltype(stored)>, &plan);
   };
   try {

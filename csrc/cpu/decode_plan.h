@@ -72,6 +72,7 @@ struct DecodePlan {
   int most_heads;       // of an item
   int columns, lanes;   // of an item over all passes, at most; lanes: in whole vectors
   bool general;         // a score modification is on
+  bool streaming;       // K and V come from memory, not from a cache
   int64_t* first_item;  // (batch + 1)
   int32_t* parts_left;  // (batch, heads_k)
   float* partial;       // (items, partial_size())
@@ -95,15 +96,16 @@ struct DecodeState {
 };
 
 struct DecodeScratch {
-  float *q, *scores, *state, *alpha, *slope;
+  float* scores[2];  // of two tiles: [pass][key][column]
+  float *q, *state, *alpha, *slope;
   int32_t *visible, *position;
 
   FAL_INLINE static DecodeScratch place(ScratchCursor* cursor, const DecodePlan& plan) {
     DecodeScratch s;
     s.q = cursor->take<float>(plan.columns * round_up(plan.problem.shape.head_dim, 2 * kLanes));
-    s.scores = cursor->take<float>(kDecodeKeys * max_int(kDecodeColumns, kLanes));
+    for (float*& scores : s.scores) scores = cursor->take<float>(kDecodeKeys * plan.columns);
     s.state = cursor->take<float>(plan.partial_size());
-    s.alpha = cursor->take<float>(max_int(kDecodeColumns, kLanes));
+    s.alpha = cursor->take<float>(plan.lanes);
     s.slope = cursor->take<float>(plan.lanes);
     s.visible = cursor->take<int32_t>(plan.lanes);
     s.position = cursor->take<int32_t>(plan.lanes);

@@ -32,6 +32,23 @@ struct DecodeHeads {
   FAL_INLINE int shift() const { return __builtin_ctz(count); }
 };
 
+// Two loads a line instead of one: the processor's prefetchers then run further ahead.
+#if defined(__AVX512F__)
+FAL_INLINE __m512i load_line(const void* line) {
+  const auto* halves = static_cast<const __m256i_u*>(line);
+  __m512i x = _mm512_castsi256_si512(_mm256_loadu_si256(halves));
+  asm("vinserti64x4 $1, %1, %0, %0" : "+v"(x) : "m"(halves[1]));  // not to be made one load again
+  return x;
+}
+FAL_INLINE Float load_row(const float* p) { return (Float)load_line(p); }
+#else
+FAL_INLINE Float load_row(const float* p) { return load(p); }
+#endif
+template <class E>
+FAL_INLINE Float load_row(const E* p) {
+  return load(p);
+}
+
 // How a row of K, kStep dims at a time, meets a row of Q.
 template <class E>
 struct DecodeProduct {
@@ -41,7 +58,7 @@ struct DecodeProduct {
   static constexpr bool kScaledQ = true;  // the scale is in Q
   static constexpr float kUnit = 1.f;     // of the elements as loaded: the factors make up for it
 
-  FAL_INLINE static Row row(const E* k) { return load(k); }
+  FAL_INLINE static Row row(const E* k) { return load_row(k); }
   FAL_INLINE static Row row_first(const E* k, int n) { return load_first(k, n); }
   FAL_INLINE static Float add(Row x, const Query* q, Float c) { return fma(x, load(q), c); }
 };
@@ -80,7 +97,7 @@ struct DecodeProduct<BFloat16> {
   static constexpr bool kScaledQ = false;
   static constexpr float kUnit = 1.f;
 
-  FAL_INLINE static Row row(const BFloat16* k) { return _mm512_loadu_si512(k); }
+  FAL_INLINE static Row row(const BFloat16* k) { return load_line(k); }
   FAL_INLINE static Row row_first(const BFloat16* k, int n) {
     return _mm512_maskz_loadu_epi16((__mmask32{1} << n) - 1, k);
   }
@@ -96,7 +113,7 @@ template <class E, int kWidth>
 FAL_INLINE void load_values(const E* row, int d, int dims, Float (&x)[kWidth]) {
 #pragma GCC unroll 16
   for (int w = 0; w < kWidth; ++w) {
-    x[w] = kWidth == 1 ? load_dims(row, d, dims) : load(row + d + w * kLanes);
+    x[w] = kWidth == 1 ? load_dims(row, d, dims) : load_row(row + d + w * kLanes);
   }
 }
 template <int kWidth>
@@ -117,28 +134,30 @@ struct DecodeKeys {
   static constexpr int kScales = kQuantised ? kDecodeKeys * kDecodeColumns + kLanes : 1;
   static constexpr float kUnit = DecodeProduct<E>::kUnit;
 
+  int count;
   const E *k[kDecodeKeys + kLanes], *v[kDecodeKeys + kLanes];
   float k_scale[kScales], v_scale[kScales];  // [key][head]
 
   FAL_INLINE void fetch(const KvRuns& runs, const DecodeHeads& heads, int begin, int n) {
     const int64_t k_stride = runs.k_stride(), v_stride = runs.v_stride();
+    count = n;
     for (int r = 0; r < n;) {
       const KvRun run = runs.at(begin + r);
-      const int count = min_int(n - r, run.rows);
-      for (int i = 0; i < count; ++i) {
+      const int rows = min_int(n - r, run.rows);
+      for (int i = 0; i < rows; ++i) {
         k[r + i] = reinterpret_cast<const E*>(run.k + i * k_stride);
         v[r + i] = reinterpret_cast<const E*>(run.v + i * v_stride);
       }
       if constexpr (kQuantised) {
         const RowStats &ks = runs.kv.k_scale, &vs = runs.kv.v_scale;
-        for (int i = 0; i < count; ++i) {
+        for (int i = 0; i < rows; ++i) {
           for (int h = 0; h < heads.count; ++h) {
             k_scale[(r + i) * heads.count + h] = run.k_scale[i * ks.row + h * ks.head] * kUnit;
             v_scale[(r + i) * heads.count + h] = run.v_scale[i * vs.row + h * vs.head] * kUnit;
           }
         }
       }
-      r += count;
+      r += rows;
     }
     for (int i = 0; i < kLanes; ++i) {
       k[n + i] = k[n - 1];
@@ -229,17 +248,18 @@ FAL_INLINE Float add_lanes(Float (&c)[kLanes]) {
   return c[0];
 }
 
-// scores[key][columns] = scale * rows of K times the query rows at q, `ld` apart; -inf past key n.
-// With kPrefetch, the tile's rows of V are on their way when this returns, and rows of K ahead.
+// scores[key][columns] = scale * rows of K times the query rows at q, `ld` apart, for keys `at` of
+// the tile: whole vectors of scores up to its last key. With kPrefetch, their rows of V are on
+// their way when this returns, and rows of K ahead.
 template <class E, int M, bool kPrefetch>
-FAL_INLINE void decode_scores(const DecodeKeys<E>& keys, const DecodeHeads& heads, int n,
+FAL_INLINE void decode_scores(const DecodeKeys<E>& keys, const DecodeHeads& heads, Range at,
                               const typename DecodeProduct<E>::Query* q, int ld, int dims,
                               int dims_v, float scale, float* scores) {
   using Product = DecodeProduct<E>;
   constexpr int kRowsAtOnce = kLanes / M, kStep = Product::kStep;
   const int whole = round_down(dims, kStep), shift = heads.shift(), mask = heads.count - 1;
-  const int rows = n << shift, columns = heads.count * M, ahead = rows_ahead<E>(dims);
-  for (int r = 0; r < rows; r += kRowsAtOnce) {
+  const int rows = keys.count << shift, ahead = rows_ahead<E>(dims);
+  for (int r = at.begin << shift; r < at.end << shift; r += kRowsAtOnce) {
     Float c[kLanes];
 #pragma GCC unroll 16
     for (int j = 0; j < kRowsAtOnce; ++j) {
@@ -278,7 +298,11 @@ FAL_INLINE void decode_scores(const DecodeKeys<E>& keys, const DecodeHeads& head
     }
     store(scores + r * M, s);
   }
-  for (int at = round_up(rows * M, kLanes); at < kDecodeKeys * columns; at += kLanes) {
+}
+
+// The scores of the keys that a tile lacks.
+FAL_INLINE void hide_rest(int n, int columns, float* scores) {
+  for (int at = round_up(n * columns, kLanes); at < kDecodeKeys * columns; at += kLanes) {
     store(scores + at, set1(-FAL_INFINITY));
   }
 }
@@ -324,20 +348,29 @@ FAL_INLINE void decode_softmax(const DecodeKeys<E>& keys, int columns, int row_s
   }
 }
 
-// Vectors [d, d + kWidth) of O = alpha O + P V over n keys of one head.
+// O *= alpha, where that changes anything.
+FAL_INLINE void decode_shrink(const float* alpha, int columns, float* out, int ld) {
+  for (int c = 0; c < columns; ++c) {
+    if (alpha[c] == 1.f) continue;
+    float* row = out + static_cast<int64_t>(c) * ld;
+    for (int d = 0; d < ld; d += kLanes) store(row + d, load(row + d) * set1(alpha[c]));
+  }
+}
+
+// Vectors [d, d + kWidth) of O += P V over keys [begin, end) of one head.
 template <class E, int M, int kWidth>
-FAL_INLINE void decode_columns(const E* const* v, int64_t offset, int n, const float* p, int p_ld,
-                               const float* alpha, int d, int dims, float* out, int ld) {
+FAL_INLINE void decode_columns(const E* const* v, int64_t offset, Range keys, const float* p,
+                               int p_ld, int d, int dims, float* out, int ld) {
   Float c[M][kWidth];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 16
     for (int w = 0; w < kWidth; ++w) {
-      c[i][w] = load(out + i * ld + d + w * kLanes) * set1(alpha[i]);
+      c[i][w] = load(out + i * ld + d + w * kLanes);
     }
   }
 #pragma GCC unroll 1
-  for (int r = 0; r < n; ++r) {
+  for (int r = keys.begin; r < keys.end; ++r) {
     Float x[kWidth];
     load_values(v[r] + offset, d, dims, x);
 #pragma GCC unroll 8
@@ -354,25 +387,27 @@ FAL_INLINE void decode_columns(const E* const* v, int64_t offset, int n, const f
   }
 }
 
-// O[column][ld] = alpha O + P V.
+// O[column][ld] += P V over keys `at` of the tile.
 template <class E, int M>
-FAL_INLINE void decode_values(const DecodeKeys<E>& keys, const DecodeHeads& heads, int n,
-                              const float* p, const float* alpha, int dims, float* out, int ld) {
+FAL_INLINE void decode_values(const DecodeKeys<E>& keys, const DecodeHeads& heads, Range at,
+                              const float* p, int dims, float* out, int ld) {
   constexpr int kWidth = kDecodeAccumulators / M > 8 ? 8 : kDecodeAccumulators / M;
   const int columns = heads.count * M;
   for (int h = 0; h < heads.count; ++h) {
     const int64_t offset = h * heads.v_stride;
-    const float *p_head = p + h * M, *alpha_head = alpha + h * M;
+    const float* p_head = p + h * M;
     float* out_head = out + static_cast<int64_t>(h) * M * ld;
     int d = 0;
-    for (; d + kWidth * kLanes <= dims; d += kWidth * kLanes) {
-      decode_columns<E, M, kWidth>(keys.v, offset, n, p_head, columns, alpha_head, d, dims,
-                                   out_head, ld);
+    const auto add = [&](auto width) {
+      constexpr int kWidth = decltype(width)::value;
+      decode_columns<E, M, kWidth>(keys.v, offset, at, p_head, columns, d, dims, out_head, ld);
+      d += kWidth * kLanes;
+    };
+    while (d + kWidth * kLanes <= dims) add(std::integral_constant<int, kWidth>{});
+    if constexpr (kWidth > 4) {
+      if (d + 4 * kLanes <= dims) add(std::integral_constant<int, 4>{});
     }
-    for (; d < dims; d += kLanes) {
-      decode_columns<E, M, 1>(keys.v, offset, n, p_head, columns, alpha_head, d, dims, out_head,
-                              ld);
-    }
+    while (d < dims) add(std::integral_constant<int, 1>{});
   }
 }
 
@@ -380,14 +415,14 @@ FAL_INLINE void decode_values(const DecodeKeys<E>& keys, const DecodeHeads& head
 // because a masked element of V may be a NaN and 0 * NaN is NaN.
 template <class E, int M>
 FAL_INLINE void decode_values_exactly(const DecodeKeys<E>& keys, const DecodeHeads& heads,
-                                      const int32_t* visible, const float* p, const float* alpha,
-                                      int dims, float* out, int ld) {
+                                      const int32_t* visible, const float* p, int dims, float* out,
+                                      int ld) {
   const int columns = heads.count * M;
   for (int c = 0; c < columns; ++c) {
     const int64_t offset = c / M * heads.v_stride;
     for (int d = 0; d < dims; d += kLanes) {
       float* at = out + static_cast<int64_t>(c) * ld + d;
-      Float sum = load(at) * set1(alpha[c]);
+      Float sum = load(at);
       for (uint32_t bits = visible[c]; bits; bits &= bits - 1) {
         const int r = __builtin_ctz(bits);
         Float x[1];
