@@ -42,11 +42,62 @@ def test_every_wrapper_is_covered(emulated: dict[str, Section]) -> None:
         assert missing <= {"setmaxnreg_inc", "setmaxnreg_dec"}, header
 
 
-def test_shuffles_by_definition(emulated: dict[str, Section]) -> None:
+def sm80_inputs() -> list[int]:
+    """The 1024 words of the sm_80 kernel."""
     x, inputs = 1, []
-    for _ in range(32):
+    for _ in range(1024):
         x = (x * 1664525 + 1013904223) % 2**32
         inputs.append(x >> 3)
+    return inputs
+
+
+def test_ldmatrix_by_definition(emulated: dict[str, Section]) -> None:
+    """PTX ISA, ldmatrix: lane 8i + j points at row j of matrix i; lane l gets elements 2 (l % 4)
+    and the next of row l / 4, or, transposed, of column l / 4."""
+    tile = sm80_inputs()[:512]
+    tile[(3 * 32 + 7) * 4 : (3 * 32 + 8) * 4] = [0] * 4  # the copy that was not valid
+    halves = torch.tensor([(w >> shift) & 0xFFFF for w in tile for shift in (0, 16)]).view(128, 8)
+
+    def dealt(rows: list[int], transposed: bool) -> list[list[int]]:
+        matrices = halves[rows].view(-1, 8, 8)
+        matrices = matrices.transpose(1, 2) if transposed else matrices
+        low, high = matrices[..., 0::2], matrices[..., 1::2]
+        return (low | high << 16).reshape(len(rows) // 8, 32).tolist()
+
+    lanes = range(32)
+    for name, rows, transposed in (
+        ("ldmatrix_x4", list(lanes), False),
+        ("ldmatrix_x4_trans", [lane ^ 5 for lane in lanes], True),
+        ("ldmatrix_x2", [64 + (lane ^ 3) for lane in range(16)], False),
+        ("ldmatrix_x2_trans", [32 + lane for lane in range(16)], True),
+    ):
+        words = torch.tensor(emulated[name].words).view(-1, 32).tolist()
+        assert words == dealt(rows, transposed), name
+
+
+@pytest.mark.parametrize("name", ["mma_m16n8k16_bf16", "mma_m16n8k16_f16"])
+def test_mma_by_definition(emulated: dict[str, Section], name: str) -> None:
+    """PTX ISA, matrix fragments for mma.m16n8k16."""
+    inputs = sm80_inputs()
+    a, b = torch.zeros(16, 16, dtype=torch.float64), torch.zeros(16, 8, dtype=torch.float64)
+    d = torch.zeros(16, 8, dtype=torch.float64)
+    got = torch.zeros_like(d)
+    for lane in range(32):
+        group, pair = lane // 4, lane % 4 * 2
+        x = [(inputs[lane * 12 + i] % 128 - 64) / 32 for i in range(12)]
+        for i in range(8):  # a0 a1 of (group, pair), a2 a3 of (group + 8, pair), then 8 columns on
+            a[group + i // 2 % 2 * 8, pair + i % 2 + i // 4 * 8] = x[i]
+        for i in range(4):
+            b[pair + i % 2 + i // 2 * 8, group] = x[8 + i]
+        for i, value in enumerate((float(lane), 0.5, -2.0, 0.0)):
+            at = group + i // 2 * 8, pair + i % 2
+            d[at] = value
+            got[at] = as_float(emulated[name].words[i * 32 + lane])
+    assert torch.equal(got, a @ b + d)
+
+
+def test_shuffles_by_definition(emulated: dict[str, Section]) -> None:
+    inputs = sm80_inputs()[:32]
     rows = torch.tensor(emulated["shuffles"].words).view(6, 32).tolist()
     lanes = range(32)
     assert rows[0] == [inputs[(i + 9) % 32] for i in lanes]
