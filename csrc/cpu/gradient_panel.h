@@ -87,19 +87,30 @@ struct GradientTerms {
   }
 };
 
-// rowsum(P * dP), of all keys that the panel's rows see; P takes the place of S.
+// rowsum(P * dP) / rowsum(P), of all keys that the panel's rows see; P takes the place of S. The
+// divisor, in which a sink takes part, is 1 but for the rounding of the LSE: with one key dS is 0.
 template <int kStride, class Word>
-FAL_INLINE void sum_delta(const GradientTerms<kStride, Word>& terms, float* p_panel,
-                          const float* ds_panel, Float (&sums)[kVectors]) {
+FAL_INLINE void sum_delta(const GradientTerms<kStride, Word>& terms, const BackwardTile& t,
+                          float* p_panel, const float* ds_panel, Float (&delta)[kVectors]) {
+  const float* sinks = t.plan->problem.forward.score.sinks;
+  Float sums[kVectors] = {}, weights[kVectors] = {};
+  if (sinks) {
+    for (int v = 0; v < kVectors; ++v) {
+      weights[v] = exp2(set1(sinks[t.head] * kLog2E) - terms.lse[v]);
+    }
+  }
   for (int r = terms.range.begin; r < terms.range.end; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const int at = (r - terms.range.begin) * kStride + v * kLanes;
       const Float p = terms.probability(load(p_panel + at), r, v);
       store(p_panel + at, p);
+      weights[v] = weights[v] + p;
       sums[v] = sums[v] + terms.visible(p * terms.drop(load(ds_panel + at), r, v), r, v);
     }
   }
+  const Float smallest = set1(1e-30f);  // a row that sees nothing: 0 / 0
+  for (int v = 0; v < kVectors; ++v) delta[v] = delta[v] + sums[v] / max(weights[v], smallest);
 }
 
 // P^T and dS^T to where the products want them. A branch on kSummed in the loop costs 1.5 % of
@@ -144,9 +155,7 @@ static FAL_NOINLINE void gradient_panel(const BackwardTile& t, int panel_row, Pa
     store_panel<false>(terms, delta, p_panel, ds_panel, p_rows, ds_rows, ds_of_keys);
     return;
   }
-  Float sums[kVectors] = {};
-  sum_delta(terms, p_panel, ds_panel, sums);
-  for (int v = 0; v < kVectors; ++v) delta[v] = delta[v] + sums[v];
+  sum_delta(terms, t, p_panel, ds_panel, delta);
   store_panel<true>(terms, delta, p_panel, ds_panel, p_rows, ds_rows, ds_of_keys);
 }
 
