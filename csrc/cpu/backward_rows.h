@@ -37,8 +37,8 @@ struct BackwardPlan {
   FAL_INLINE int64_t row_item(int b, int h, int64_t block) const {
     return (static_cast<int64_t>(b) * shape().heads_q + h) * row_blocks + block;
   }
-  // O comes rounded to 16 bits, which delta = rowsum(dO * O) would inherit; rowsum(P * dP) is the
-  // same in exact arithmetic. It is known before the first dS where one tile holds all keys.
+  // O comes rounded, which delta = rowsum(dO * O) inherits; rowsum(P * dP) is the same in exact
+  // arithmetic. It is known before the first dS where one tile holds all keys.
   FAL_INLINE bool sums_delta(const Sequence& seq) const {
     return can_sum_delta && seq.seqlen_k <= tile_keys;
   }
@@ -75,7 +75,7 @@ struct BackwardPlan {
       plan.tile_keys = tile_of_blocks(plan.tile_keys, f.block_mask.block_k, 16);
       plan.block_keys = tiles * plan.tile_keys;
     }
-    plan.can_sum_delta = Product::kCanSumDelta && f.shape.dtype != DType::kFloat32;
+    plan.can_sum_delta = Product::kCanSumDelta;
     plan.row_blocks = (longest_q + plan.tile_rows - 1) / plan.tile_rows;
     plan.key_blocks = (longest_k + plan.block_keys - 1) / plan.block_keys;
     return plan;
