@@ -102,24 +102,34 @@ class Tensor {  // owns one reference; move-only
   } shape_;
 };
 
+constexpr int64_t kMostDims = 4;
+
+// Uninitialised and dense: dimension order[i] is the i-th from the outermost one in memory.
+inline Tensor empty_in_order(int64_t dims, const int64_t* sizes, const int64_t* order,
+                             int32_t dtype, int32_t device_type, int32_t device_index) {
+  int64_t strides[kMostDims], step = 1;
+  for (int64_t i = dims; i--;) {
+    strides[order[i]] = step;
+    step *= sizes[order[i]] > 1 ? sizes[order[i]] : 1;
+  }
+  AtenTensorOpaque* handle;
+  FAL_TORCH(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
 // Uninitialised, contiguous. heads_first: `sizes` are (batch, seqlen, heads, dim), and so is the
 // memory; the tensor is (batch, heads, seqlen, dim).
 inline Tensor empty(std::vector<int64_t> sizes, int32_t dtype, int32_t device_type,
                     int32_t device_index, bool heads_first = false) {
-  std::vector<int64_t> strides(sizes.size());
-  int64_t step = 1;
-  for (size_t i = sizes.size(); i--;) {
-    strides[i] = step;
-    step *= sizes[i] > 1 ? sizes[i] : 1;
-  }
+  int64_t order[kMostDims] = {0, 1, 2, 3};
+  FAL_CHECK(sizes.size() <= kMostDims, "flashattn_lite: a tensor of ", sizes.size(), " dimensions");
   if (heads_first) {
     std::swap(sizes[1], sizes[2]);
-    std::swap(strides[1], strides[2]);
+    std::swap(order[1], order[2]);
   }
-  AtenTensorOpaque* handle;
-  FAL_TORCH(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                     strides.data(), dtype, device_type, device_index, &handle));
-  Tensor result(handle);
+  Tensor result = empty_in_order(static_cast<int64_t>(sizes.size()), sizes.data(), order, dtype,
+                                 device_type, device_index);
   result.set_heads_first(heads_first);
   return result;
 }
@@ -140,10 +150,9 @@ inline std::vector<int64_t> sizes_of(const Tensor& t) {
 // the order of t's: as torch's and flash_attn's results are laid out. Where t does not tell, for
 // its last dimension is no innermost one or another one is expanded, they are in their own order.
 inline Tensor empty_laid_out_like(const Tensor& t, int64_t last) {
-  constexpr int64_t kMostDims = 4;
   const int64_t dims = t.dim(), *given = t.strides();
   FAL_CHECK(dims <= kMostDims, "flashattn_lite: a tensor of ", dims, " dimensions");
-  int64_t sizes[kMostDims], strides[kMostDims], order[kMostDims];
+  int64_t sizes[kMostDims], order[kMostDims];
   bool tells = given[dims - 1] == 1;
   for (int64_t d = 0; d < dims; ++d) {
     sizes[d] = d + 1 < dims ? t.sizes()[d] : last;
@@ -155,15 +164,7 @@ inline Tensor empty_laid_out_like(const Tensor& t, int64_t last) {
       std::swap(order[j - 1], order[j]);
     }
   }
-  int64_t step = 1;
-  for (int64_t i = dims; i--;) {
-    strides[order[i]] = step;
-    step *= sizes[order[i]] > 1 ? sizes[order[i]] : 1;
-  }
-  AtenTensorOpaque* handle;
-  FAL_TORCH(aoti_torch_empty_strided(dims, sizes, strides, t.dtype(), t.device_type(),
-                                     t.device_index(), &handle));
-  Tensor result(handle);
+  Tensor result = empty_in_order(dims, sizes, order, t.dtype(), t.device_type(), t.device_index());
   result.set_heads_first(t.heads_first());
   return result;
 }
