@@ -124,7 +124,7 @@ class NinjaFile:
 
     def __init__(self, build: Path, library: Path, nvcc: str | None) -> None:
         self.build = Path(os.path.relpath(build, ROOT))
-        self.library = os.path.relpath(library, ROOT)
+        self.output = os.path.relpath(library, ROOT)
         self.nvcc = nvcc
         self.omitted = omitted_isas()
         self.lines = [
@@ -164,9 +164,9 @@ class NinjaFile:
         if self.nvcc:
             flags += f" -L{cudart_directory(self.nvcc)} -lcudart_static -lpthread -ldl -lrt"
         self.lines += [
-            f"build {self.library}: link {' '.join(objects)} | {stubs[0]} {stubs[1]} {exports}",
+            f"build {self.output}: link {' '.join(objects)} | {stubs[0]} {stubs[1]} {exports}",
             f"  flags = {flags}",
-            f"default {self.library}",
+            f"default {self.output}",
         ]
         return "\n".join(self.lines) + "\n"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from torch.library import opcheck
 
 from flashattn_lite import (
     _ops,
@@ -209,11 +210,11 @@ OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 def test_opcheck(case: Case) -> None:
     arguments = operator_arguments(case)
     inputs = make_inputs(case)
-    torch.library.opcheck(_ops.forward, (*arguments, "auto"), test_utils=OPCHECKS)
+    opcheck(_ops.forward, (*arguments, "auto"), test_utils=OPCHECKS)
     out, lse = _ops.forward(*arguments, "auto")
     q, k, v, *options = arguments
     for dlse in (None, inputs.dlse):
-        torch.library.opcheck(
+        opcheck(
             _ops.backward,
             (
                 *(inputs.dout, dlse, q, k, v, out, lse, *options),
@@ -232,11 +233,11 @@ def test_opcheck_of_the_plain_operators(heads_first: bool) -> None:
     for scale in (0.3, None):
         options = (heads_first, 0, scale)
         for forward in (_ops.forward_plain, _ops.forward_plain_training):
-            torch.library.opcheck(forward, (q, k, v, *options), test_utils=OPCHECKS)
+            opcheck(forward, (q, k, v, *options), test_utils=OPCHECKS)
         out, lse = _ops.forward_plain_training(q, k, v, *options)
         assert torch.equal(_ops.forward_plain(q, k, v, *options), out)
         arguments = (torch.randn_like(out), q, k, v, out, lse, *options)
-        torch.library.opcheck(_ops.backward_plain, arguments, test_utils=OPCHECKS)
+        opcheck(_ops.backward_plain, arguments, test_utils=OPCHECKS)
 
 
 def test_fakes_have_the_shapes_of_the_real_ones() -> None:
