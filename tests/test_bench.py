@@ -12,6 +12,7 @@ import torch
 
 from flashattn_lite import _ops
 from flashattn_lite.bench import (
+    command,
     compare,
     exactness,
     io_model,
@@ -196,6 +197,13 @@ def test_exactness_accepts_right_results_and_refuses_wrong_ones(case: Case, buil
         assert not exactness.check(case, inputs, known, tuple(wrong), entry.layout).exact
 
 
+def test_the_shortest_sequence_of_a_cache_is_among_the_probes() -> None:
+    lengths = (40, 30, 2, 20)
+    shape = {"dtype": "fp32", "head_dim": 8, "seqlen": 40, "batch": 4, "heads": 2}
+    case = Case(suite="decode", **shape, lengths=lengths, tokens=1)
+    assert {sequence for sequence, *_ in exactness.probes(case)} == {0, 2, 3}
+
+
 def test_competitors_that_compute_the_same_agree() -> None:
     case = replace(SMALL, lengths=(40, 3, 17), batch=3)
     inputs = Inputs(case)
@@ -299,9 +307,9 @@ def results_of(*rows: Row) -> Results:
         "torch": {"version": "2.13", "cpu_capability": "AVX2"},
     }
     settings = {"device": "cpu", "clock": "wall", "size": "quick", "isa": None}
-    command = "flashattn-lite bench forward memory --quick"
+    line = "flashattn-lite bench forward memory --quick"
     return Results(
-        *(command, "2026-01-01T00:00:00+00:00", facts, settings),
+        *(line, "2026-01-01T00:00:00+00:00", facts, settings),
         **{"ceilings": {"FMA fp32, 1 thread": 1e11}, "absent": {"flex": "why"}, "rows": list(rows)},
     )
 
@@ -313,6 +321,24 @@ def test_results_survive_the_file(tmp_path: Path) -> None:
     after = Results.load(tmp_path / "deep" / "r.json")
     assert after == before
     assert [row.failure for row in after.failures] == ["broken"]
+
+
+def test_rows_are_in_the_file_while_the_run_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, found = tmp_path / "r.json", []
+
+    def measure(case: Case, _settings: runner.Settings) -> Row:
+        found.append(len(Results.load(path).rows) if path.exists() else 0)
+        if len(found) == 3:
+            raise KeyboardInterrupt
+        return row_of(case, 1.5)
+
+    monkeypatch.setattr(command.runner, "measure", measure)
+    monkeypatch.setattr(command.ceilings, "measure", lambda *_: {})
+    monkeypatch.setattr(command, "SAVE_EVERY_S", 0.0)
+    assert command.measure(results_of(), Plan("quick"), runner.Settings(), ["overhead"], path)
+    assert found == [0, 1, 2]
 
 
 @pytest.mark.parametrize(
