@@ -8,7 +8,8 @@ conformance  every PTX wrapper's result words against the emulator's recorded on
 cases        the whole case table and what only a device shows (tests/test_gpu.py), by several
              processes; one that a faulty kernel takes down is followed by another
              (tests/gpu_session.py)
-decode       bytes of K and V a second against the measured bandwidth (tests/gpu_decode.py)
+decode       over contiguous and paged caches: bytes of K and V a second, as a share of what reads
+             and copies reach in the same rounds, and the aim for it
 bench        against PyTorch's backends in the same process, exactness checked first
 sparse       the same of block masks against compiled flex_attention
 sanitizer    compute-sanitizer's memcheck and racecheck over a part of the case table
@@ -207,25 +208,24 @@ def sanitizer(out: Path) -> tuple[bool, str]:
 
 
 def decode(out: Path) -> tuple[bool, str]:
-    path = out / "decode.json"
-    path.unlink(missing_ok=True)
-    command = [sys.executable, "tests/gpu_decode.py", "--json", str(path)]
-    status, last = run(command, LIMITS["decode"], out / LOG)
-    rows = f"; rows in {path.name}" if path.exists() else ""
-    return status == 0 and path.exists(), f"{last} (exit {status}){rows}"
+    """Batches of 64 caches of 8192 tokens, 2.1 GB of K and V in bfloat16, and smaller ones."""
+    return measured(out, "decode", ["paged", "decode"], "unquantised,contiguous,sdpa", cache_table)
 
 
 def bench(out: Path) -> tuple[bool, str]:
     """In bfloat16; `python -m flashattn_lite bench --device cuda` has every suite, dtype and
     contender."""
-    return measured(out, "bench", ["forward", "training"], "sdpa_flash,sdpa_cudnn")
+    suites = ["forward", "training"]
+    return measured(out, "bench", suites, "sdpa_flash,sdpa_cudnn", bench_table)
 
 
 def sparse(out: Path) -> tuple[bool, str]:
-    return measured(out, "sparse", ["sparse"], "flex,sdpa_dense")
+    return measured(out, "sparse", ["sparse"], "flex,sdpa_dense", bench_table)
 
 
-def measured(out: Path, part: str, suites: list[str], competitors: str) -> tuple[bool, str]:
+def measured(
+    out: Path, part: str, suites: list[str], competitors: str, table: Callable[[Path], list[str]]
+) -> tuple[bool, str]:
     path = out / f"{part}.json"
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "flashattn_lite", "bench", *suites, "--device", "cuda"]
@@ -233,7 +233,7 @@ def measured(out: Path, part: str, suites: list[str], competitors: str) -> tuple
     status, last = run(command, LIMITS[part], out / LOG)
     text = f"{last} (exit {status})"
     if path.exists():
-        text += f"; rows in {path.name}\n\n" + "\n".join(bench_table(path)) + "\n"
+        text += f"; rows in {path.name}\n\n" + "\n".join(table(path)) + "\n"
     return status == 0 and path.exists(), text
 
 
@@ -260,6 +260,20 @@ def bench_table(path: Path) -> list[str]:
         rate = f"{flops / seconds[OURS] / 1e12:.0f}"
         table.append(f"| {' | '.join([what, rate, *ratios])} |")
     return table
+
+
+def cache_table(path: Path) -> list[str]:
+    """The run's ceilings, rows and aims in Markdown."""
+    from flashattn_lite.bench import ceilings, present, tables
+    from flashattn_lite.bench.results import Results
+
+    results = Results.load(path)
+    rates = "; ".join(f"{n}: {ceilings.units(n, rate)}" for n, rate in results.ceilings.items())
+    lines = [f"ceilings: {rates}", ""]
+    for suite in results.suites():
+        lines += [tables.markdown(*present.suite_table(suite, results), left=2), ""]
+    headers, body = present.group_table(results.rows, results.clock)
+    return [*lines, tables.markdown(headers, body)] if body else lines[:-1]
 
 
 PARTS: dict[str, Callable[[Path], tuple[bool, str]]] = {

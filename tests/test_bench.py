@@ -22,7 +22,7 @@ from flashattn_lite.bench import (
     runner,
     tables,
 )
-from flashattn_lite.bench.aims import GROUPS
+from flashattn_lite.bench.aims import GROUPS, SHARES
 from flashattn_lite.bench.cases import DTYPES, Case, visible_pairs
 from flashattn_lite.bench.ceilings import READ_BYTES
 from flashattn_lite.bench.contenders import COMPETITORS, Inputs, ours, sdpa
@@ -155,6 +155,13 @@ def test_every_aim_has_cases() -> None:
     for group in GROUPS:
         cases = cases_of(group.suite, Plan(device=group.device))
         assert any(group.contains(case) for case in cases), group.title
+    plans = [
+        Plan(size, device=device) for size in ("quick", "default") for device in ("cpu", "cuda")
+    ]
+    for share in SHARES:
+        for size in ("quick", "default"):
+            cases = [c for p in plans if p.size == size for s in SUITES for c in cases_of(s, p)]
+            assert any(share.holds(case) for case in cases), share.title
 
 
 def test_ragged_lengths_are_the_same_every_time() -> None:
@@ -380,14 +387,18 @@ def test_on_cuda_prompts_have_flops_and_decoding_has_bytes() -> None:
     prompt = replace(SMALL, suite="forward", dtype="bf16", device="cuda")
     decode = replace(prompt, suite="decode", tokens=1)
     results = results_of(row_of(prompt, 1.5), row_of(decode, 1.5))
-    results.ceilings = {"matmul bf16": 1e6 * prompt.flops(), "copy": 40.0 * decode.cache_bytes()}
-    for suite, headers in (
-        ("forward", ("TFLOP/s", "of matmul")),
-        ("decode", ("GB/s of K and V", "of copy")),
+    results.ceilings = {"matmul bf16": 40.0 * prompt.flops()}
+    for suite, headers, values in (
+        ("forward", ("TFLOP/s", "of matmul"), ("0.0", "25%")),  # a call takes 0.1 s
+        (
+            "decode",
+            ("of read rate", "GB/s of K and V"),
+            ("50%", f"{decode.cache_bytes() / 1e8:.1f}"),
+        ),
     ):
         found, (cells,) = present.suite_table(suite, results)
         assert tuple(found[-4:-2]) == headers and len(cells) == len(found)
-    assert cells[-3] == "25%"  # of copy: a call takes 0.1 s
+        assert tuple(cells[-4:-2]) == values
 
 
 def test_growth_is_the_exponent_of_memory_over_length() -> None:

@@ -17,7 +17,8 @@ from native import conformance
 from flashattn_lite import _ops
 from flashattn_lite.bench.cases import Case
 from flashattn_lite.bench.results import Results, Row
-from flashattn_lite.bench.timing import Samples
+from flashattn_lite.bench.suites import Plan, cases_of
+from flashattn_lite.bench.timing import Ratio, Samples
 
 
 @pytest.fixture
@@ -169,6 +170,27 @@ def test_the_bench_tables_figures(tmp_path: Path) -> None:
         f"| training {name} | 321 | 1.02 |  |",
         f"| backward {name} | 305 | 1.00 |  |",
     ]
+
+
+def test_the_decode_tables_say_the_ceilings_the_shares_and_the_aim(tmp_path: Path) -> None:
+    plan = Plan("quick", dtypes=("bf16",), device="cuda")
+    case = next(c for c in cases_of("paged", plan) if c.page_size == 64)
+    samples = {name: Samples([1e-3]) for name in ("flashattn_lite", "contiguous")}
+    ratios = {"contiguous": Ratio(1.0, 1.0, 1.0)}
+    row = Row(case, samples, "flashattn_lite", "contiguous", ratios, peak=0.75)
+    results = Results("", "", {}, {}, ceilings={"read": 2.9e12, "copy": 2.7e12}, rows=[row])
+    results.save(tmp_path / "decode.json")
+    lines = "\n".join(gpu_check.cache_table(tmp_path / "decode.json")).splitlines()
+    ceilings, _, _, _, cells, *_, aim = lines
+    assert ceilings == "ceilings: read: 2.9 TB/s; copy: 2.7 TB/s"
+    assert cells.startswith(
+        f"| {case.short()} | bf16 | 1.00 ms | 1.00 ms | 1.00 | 1.00-1.00 | 75% |"
+    )
+    assert f" {case.cache_bytes() / 1e6:.1f} |" in cells  # GB/s: in a millisecond
+    assert aim == (
+        "| paged: least share of the read rate, bf16, batch 64, 8192 keys, pages of 16 and 64 |  "
+        "| 75% |  | 80% | missed |"
+    )
 
 
 def test_what_runs_out_of_time_is_killed_with_its_children(tmp_path: Path) -> None:

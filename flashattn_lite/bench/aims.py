@@ -1,11 +1,12 @@
-"""What the rows are held to: groups of them, and the least geometric mean of each."""
+"""What the rows are held to: groups of them, by their ratios or by their shares of a ceiling."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flashattn_lite.bench.cases import Case
+from flashattn_lite.bench.timing import geometric_mean
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,22 @@ class Group:
         return case.suite == self.suite and case.device == self.device and self.holds(case)
 
 
+@dataclass(frozen=True)
+class Share:
+    """Rows whose share of a ceiling, FMA or reading, is held to ``aim``."""
+
+    title: str
+    holds: Callable[[Case], bool]
+    of: Callable[[Sequence[float]], float]  # what the rows' shares come to
+    aim: float = 0.8
+
+
 def _is(dtype: str, causal: bool, longest: float = float("inf")) -> Callable[[Case], bool]:
     return lambda c: (c.dtype, c.causal) == (dtype, causal) and c.seqlen <= longest
+
+
+def _in_pages(case: Case) -> bool:
+    return case.page_size in (16, 64) and not case.storage
 
 
 def _called(drop_in: bool, backward: bool) -> Callable[[Case], bool]:
@@ -85,7 +100,33 @@ def _groups() -> list[Group]:
             for causal in (False, True):
                 title = f"{d} {'causal' if causal else 'dense'}"
                 groups.append(Group(suite, title, 1.0, _is(d, causal), device="cuda"))
-    return groups
+    title = "pages of 16 and 64, against contiguous"
+    return [*groups, Group("paged", title, None, _in_pages, device="cuda")]
 
 
 GROUPS = _groups()
+
+SHARES = (
+    Share(
+        "forward: least share of the FMA peak, head dim 128 from length 1024",
+        lambda c: (c.device, c.suite, c.head_dim) == ("cpu", "forward", 128) and c.seqlen >= 1024,
+        min,
+    ),
+    Share(
+        "decode: share of the read rate, fp32 without grouped heads",
+        lambda c: (
+            (c.device, c.suite, c.dtype) == ("cpu", "decode", "fp32")
+            and not (c.heads_k or c.lengths)
+        ),
+        geometric_mean,
+    ),
+    Share(
+        "paged: least share of the read rate, bf16, batch 64, 8192 keys, pages of 16 and 64",
+        lambda c: (
+            (c.device, c.suite, c.dtype, c.batch) == ("cuda", "paged", "bf16", 64)
+            and (c.seqlen, c.heads, c.heads_k, c.head_dim) == (8192, 32, 8, 128)
+            and _in_pages(c)
+        ),
+        min,
+    ),
+)

@@ -94,6 +94,8 @@ def _paged(case: Case, rows: Tensor, table: Tensor) -> Tensor:
     """(batch, seqlen, ...) or packed rows -> (pages, page_size, ...)."""
     size = case.page_size
     packed = rows if case.lengths else rows.flatten(0, 1)
+    if rows.dtype.itemsize == 1:  # float8 by bytes: not every torch can index it on every device
+        packed = packed.view(torch.int8)
     counts = [-(-n // size) for n in case.sequences()]
     pool = packed.new_zeros(sum(counts), size, *packed.shape[1:])
     for b, (count, own) in enumerate(
@@ -102,4 +104,4 @@ def _paged(case: Case, rows: Tensor, table: Tensor) -> Tensor:
         pages = pool.new_zeros(count * size, *packed.shape[1:])
         pages[: len(own)] = own
         pool[table[b, :count].long()] = pages.view(count, size, *packed.shape[1:])
-    return pool
+    return pool.view(rows.dtype)

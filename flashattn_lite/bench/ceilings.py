@@ -4,7 +4,8 @@ The CPU's ceiling is a register-only loop of fused multiply-adds in the active i
 as many threads as the row has; it runs as one more contender in every round, so a change of clock
 frequency moves it as it moves the rows. Matrix products and a large read are shown beside it: on a
 processor with matrix units (AMX) 16-bit products go beyond the FMA peak, and so may PyTorch.
-Decoding is held against reading instead: a sum over as many bytes as the row's K and V have.
+Decoding is held against reading instead: on the CPU a sum over as many bytes as the row's K and V
+have; on a GPU the faster of a sum and a copy, over at least a GiB, which no cache holds.
 """
 
 from __future__ import annotations
@@ -14,23 +15,42 @@ from collections.abc import Callable
 import torch
 
 from flashattn_lite import _ops
-from flashattn_lite.bench.cases import DTYPES
+from flashattn_lite.bench.cases import DTYPES, Case
 from flashattn_lite.bench.timing import Clock, Contender, Rounds, interleave
 
+FMA, READ, COPY = "fma", "read", "copy"  # the ceilings' names among a row's samples
 FMA_FLOPS = 200_000_000  # per thread and sample: some milliseconds
 READ_BYTES = 2**28  # 256 MiB: beyond most caches
+CUDA_BYTES = 2**30  # 1 GiB: twenty times an H100's L2
+
+Ceiling = tuple[Callable[[], object], float]  # what is run, and the FLOPs or bytes of one call
 
 
-def fma_peak() -> tuple[Callable[[], object], float]:
-    """The loop on torch's current number of threads, and the FLOPs of one call."""
+def fma_peak() -> Ceiling:
+    """The loop on torch's current number of threads."""
     done = float(_ops.fma_peak(FMA_FLOPS))
     return lambda: _ops.fma_peak(FMA_FLOPS), done
 
 
-def read(size: int) -> tuple[Callable[[], object], float]:
-    """A sum over as many bytes on torch's current number of threads, and the bytes."""
-    buffer = torch.ones(max(1, size // 4))
+def read(size: int, device: str = "cpu") -> Ceiling:
+    """A sum over as many bytes, by torch's current number of threads or on the device."""
+    buffer = torch.ones(max(1, size // 4), device=device)
     return buffer.sum, 4.0 * buffer.numel()
+
+
+def copy(size: int, device: str) -> Ceiling:
+    """As many bytes read, and as many written, which count too."""
+    source = torch.ones(max(1, size // 4), device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source), 8.0 * source.numel()
+
+
+def memory(case: Case) -> dict[str, Ceiling]:
+    """What a row of decoding is held against, by name; the fastest of them is the ceiling."""
+    if case.device == "cpu":
+        return {READ: read(case.cache_bytes())}
+    size = max(case.cache_bytes(), CUDA_BYTES)
+    return {READ: read(size, case.device), COPY: copy(size, case.device)}
 
 
 def measure(device: str, threads: tuple[int, ...], clock: Clock) -> dict[str, float]:
@@ -61,9 +81,11 @@ def _cuda(clock: Clock, rounds: Rounds) -> dict[str, float]:
         a, b = (torch.randn(n, n, dtype=DTYPES[name], device="cuda") for _ in range(2))
         seconds = _best(lambda a=a, b=b: torch.mm(a, b), clock, rounds)  # type: ignore[misc]
         found[f"matmul {name}"] = 2.0 * n**3 / seconds
-    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
-    found["copy"] = 2.0 * source.numel() / _best(lambda: target.copy_(source), clock, rounds)
+    for name, (run, size) in {
+        READ: read(CUDA_BYTES, "cuda"),
+        COPY: copy(CUDA_BYTES, "cuda"),
+    }.items():
+        found[name] = size / _best(run, clock, rounds)
     return found
 
 

@@ -7,7 +7,8 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from flashattn_lite.bench import isa, machine, tables
-from flashattn_lite.bench.ceilings import READ_BYTES, units
+from flashattn_lite.bench.aims import SHARES
+from flashattn_lite.bench.ceilings import COPY, READ, READ_BYTES, units
 from flashattn_lite.bench.results import FLASH1, Results, Row, groups_of
 from flashattn_lite.bench.timing import geometric_mean
 
@@ -26,7 +27,6 @@ TITLES = {
 }
 SHAPE = "batch x heads x length x head dim"
 FLASH1_AIM = 1.7
-READ_AIM = 0.8
 GROWTH_AIM = 1.1  # peak memory grows like length^1: the fitted exponent is at most this
 
 Table = tuple[list[str], list[list[str]]]
@@ -82,7 +82,7 @@ def _speed_table(rows: Sequence[Row], ceilings: dict[str, float]) -> Table:
     headers += [f"vs {name}" for name in others] + ([_ceiling(rows)] if with_peak else [])
     if not on_cpu:
         decoding = any(row.case.tokens for row in rows)
-        headers += ["GB/s of K and V", "of copy"] if decoding else ["TFLOP/s", "of matmul"]
+        headers += ["GB/s of K and V"] if decoding else ["TFLOP/s", "of matmul"]
     headers += ["error", f"{theirs}'s"]
     body = []
     for row in rows:
@@ -103,11 +103,12 @@ def _speed_table(rows: Sequence[Row], ceilings: dict[str, float]) -> Table:
         if with_peak:
             cells.append("" if row.peak is None else f"{row.peak:.0%}")
         if not on_cpu:
-            work, unit, most = row.case.flops(), 1e12, ceilings.get(f"matmul {row.case.dtype}")
+            seconds = row.samples[row.ours].median()
             if row.case.tokens:
-                work, unit, most = row.case.cache_bytes(), 1e9, ceilings.get("copy")
-            rate = work / row.samples[row.ours].median()
-            cells += [f"{rate / unit:.1f}", f"{rate / most:.0%}" if most else ""]
+                cells.append(f"{row.case.cache_bytes() / seconds / 1e9:.1f}")
+            else:
+                rate, most = row.case.flops() / seconds, ceilings.get(f"matmul {row.case.dtype}")
+                cells += [f"{rate / 1e12:.1f}", f"{rate / most:.0%}" if most else ""]
         body.append([*cells, _scientific(row.error), _scientific(row.baseline_error)])
     return headers, body
 
@@ -175,9 +176,10 @@ def _io_table(rows: Sequence[Row], ceilings: dict[str, float]) -> Table:
 
 
 def memory_rate(row: Row, ceilings: dict[str, float]) -> float | None:
-    """Bytes a second that memory gives: the read of the same rounds, or CUDA's copy."""
-    read = row.samples.get("read")
-    return ceilings.get("copy") if read is None else READ_BYTES / read.median()
+    """Bytes a second that memory gives: the read of the same rounds, or CUDA's ceiling."""
+    if READ in row.samples:
+        return READ_BYTES / row.samples[READ].median()
+    return max((ceilings[name] for name in (READ, COPY) if name in ceilings), default=None)
 
 
 def group_table(rows: Sequence[Row], clock: str) -> Table:
@@ -198,20 +200,13 @@ def group_table(rows: Sequence[Row], clock: str) -> Table:
             cells = [f"{suite}: FlashAttention-2 against FlashAttention (1)", str(len(against))]
             cells += [mark(mean, FLASH1_AIM), mark(min(against)), f"{FLASH1_AIM:.2f}"]
             body.append([*cells, "+met" if mean >= FLASH1_AIM else "!missed"])
-    share = peak_at_aim(rows)
-    if share is not None:
-        headline, met = f"{share:.0%}", share >= 0.8
-        title = "forward: least share of the FMA peak, head dim 128 from length 1024"
-        body.append(
-            [title, "", ("+" if met else "!") + headline, "", "80%", "+met" if met else "!missed"]
-        )
-    share = read_at_aim(rows)
-    if share is not None:
-        met = share >= READ_AIM
-        title = "decode: share of the read rate, fp32 without grouped heads"
-        figure = ("+" if met else "!") + f"{share:.0%}"
-        verdict = "+met" if met else "!missed"
-        body.append([title, "", figure, "", f"{READ_AIM:.0%}", verdict])
+    for held in SHARES:
+        shares = [row.peak for row in rows if row.peak is not None and held.holds(row.case)]
+        if shares:
+            share = held.of(shares)
+            met = share >= held.aim
+            figure, verdict = ("+" if met else "!") + f"{share:.0%}", "+met" if met else "!missed"
+            body.append([held.title, "", figure, "", f"{held.aim:.0%}", verdict])
     exponent = growth(rows)
     if exponent is not None:
         met = exponent <= GROWTH_AIM
@@ -219,30 +214,6 @@ def group_table(rows: Sequence[Row], clock: str) -> Table:
         figure = ("+" if met else "!") + f"{exponent:.2f}"
         body.append([title, "", figure, "", f"{GROWTH_AIM:.2f}", "+met" if met else "!missed"])
     return headers, body
-
-
-def peak_at_aim(rows: Sequence[Row]) -> float | None:
-    """The least share of the FMA peak among the rows that the aim of 80 % is about."""
-    shares = [
-        row.peak
-        for row in rows
-        if row.peak is not None
-        and (row.case.suite, row.case.head_dim) == ("forward", 128)
-        and row.case.seqlen >= 1024
-    ]
-    return min(shares, default=None)
-
-
-def read_at_aim(rows: Sequence[Row]) -> float | None:
-    """The geometric mean of the shares of the read rate that the aim of 80 % is about."""
-    shares = [
-        row.peak
-        for row in rows
-        if row.peak is not None
-        and (row.case.suite, row.case.dtype) == ("decode", "fp32")
-        and not (row.case.heads_k or row.case.lengths)
-    ]
-    return geometric_mean(shares) if shares else None
 
 
 def growth(rows: Sequence[Row]) -> float | None:

@@ -11,6 +11,7 @@ import torch
 from flashattn_lite import _ops
 from flashattn_lite.bench import ceilings, exactness, io_model, machine, memory
 from flashattn_lite.bench.cases import Case
+from flashattn_lite.bench.ceilings import FMA, READ, Ceiling
 from flashattn_lite.bench.contenders import COMPETITORS, OURS, ours
 from flashattn_lite.bench.inputs import Entry, Inputs
 from flashattn_lite.bench.results import FLASH1, Row
@@ -26,7 +27,6 @@ from flashattn_lite.bench.timing import (
     ratio,
 )
 
-FMA, READ = "fma", "read"  # the ceilings' names among the samples
 OVERHEAD = Rounds(budget_s=1.0, at_least=15, min_sample_s=0.01)
 
 
@@ -114,12 +114,8 @@ def _measure_time(case: Case, settings: Settings) -> Row:
     if case.suite == "scaling":
         return _measure_scaling(case, settings, entries, row)
     contenders = {name: Contender(entry.run) for name, entry in entries.items()}
-    ceiling, most, work = (READ if case.tokens else FMA), 0.0, case.flops()
-    if case.device == "cpu" and case.suite != "overhead":
-        if case.tokens:
-            work = case.cache_bytes()
-        peak, most = ceilings.read(work) if case.tokens else ceilings.fma_peak()
-        contenders[ceiling] = Contender(peak)
+    limits = _ceilings(case)
+    contenders |= {name: Contender(run) for name, (run, _) in limits.items()}
     if case.suite == "io":
         row.moved = _moved(case, entries)
         if case.device == "cpu":
@@ -132,11 +128,31 @@ def _measure_time(case: Case, settings: Settings) -> Row:
             row.ratios[name] = ratio(theirs.wall, mine.wall)
     if case.device == "cpu" and case.threads == 1 and row.baseline:
         row.cpu_ratio = ratio(row.samples[row.baseline].cpu, mine.cpu)
-    if most:
-        clock = "cpu" if case.threads == 1 else "wall"  # what one thread did, not what it waited
-        pairs = zip(row.samples[ceiling].of(clock), mine.of(clock), strict=True)
-        row.peak = statistics.median(work / t / (most / p) for p, t in pairs)
+    if limits:
+        # Of one CPU thread what it did, not what it waited.
+        clock = "cpu" if case.device == "cpu" and case.threads == 1 else "wall"
+        row.peak = _share(case, row, limits, clock)
     return row
+
+
+def _ceilings(case: Case) -> dict[str, Ceiling]:
+    """What takes part in the row's rounds to say how fast it could be at most."""
+    if case.tokens:
+        return ceilings.memory(case)
+    if case.device == "cpu" and case.suite != "overhead":
+        return {FMA: ceilings.fma_peak()}
+    return {}
+
+
+def _share(case: Case, row: Row, limits: dict[str, Ceiling], clock: str) -> float:
+    """Our rate over that of the fastest ceiling, the median over the rounds."""
+    work = case.cache_bytes() if case.tokens else case.flops()
+    times = {name: row.samples[name].of(clock) for name in limits}
+    shares = []
+    for i, mine in enumerate(row.samples[OURS].of(clock)):
+        most = max(done / times[name][i] for name, (_, done) in limits.items())
+        shares.append(work / mine / most)
+    return statistics.median(shares)
 
 
 def _moved(case: Case, names: Iterable[str]) -> dict[str, int]:

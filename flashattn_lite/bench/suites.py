@@ -377,6 +377,7 @@ def _cuda_memory(plan: Plan) -> list[Case]:
 
 
 CUDA_CACHES = {"quick": (8192,), "default": (2048, 8192, 32768)}
+CACHED = 64 * 8192  # tokens of a batch's caches: 2.1 GB of K and V, far beyond any L2
 
 
 def _cuda_decode(plan: Plan) -> list[Case]:
@@ -388,11 +389,11 @@ def _cuda_decode(plan: Plan) -> list[Case]:
             continue
         for n in CUDA_CACHES.get(plan.size, CUDA_CACHES["default"]):
             cases += [plan.case("decode", dtype=d, seqlen=n, **s) for s in (GROUPED, PLAIN)]
-            cases.append(plan.case("decode", dtype=d, seqlen=n, batch=32, **GROUPED))
+            cases.append(plan.case("decode", dtype=d, seqlen=n, batch=CACHED // n, **GROUPED))
         shape = {"lengths": ragged, "batch": len(ragged), "seqlen": max(ragged), **GROUPED}
         cases.append(plan.case("decode", dtype=d, **shape))
     cases += [
-        plan.case("decode", dtype="bf16", storage=storage, seqlen=8192, batch=8, **GROUPED)
+        plan.case("decode", dtype="bf16", storage=storage, seqlen=8192, batch=64, **GROUPED)
         for storage in ("int8", "fp8")
         if "bf16" in plan.dtypes
     ]
@@ -400,13 +401,20 @@ def _cuda_decode(plan: Plan) -> list[Case]:
 
 
 def _cuda_paged(plan: Plan) -> list[Case]:
-    """Pages of 16 tokens, and of 256, the least that flash_attn takes."""
+    """Pages of 16 and 64 tokens, and of 256, the least that flash_attn takes; quantised, of 16."""
+    sizes = (16, 64) if plan.size == "quick" else (16, 64, 256)
+    storages = [(size, "") for size in sizes] + [(16, "int8"), (16, "fp8")]
     return [
-        plan.case("paged", dtype=d, seqlen=n, page_size=size, batch=8, **GROUPED)
+        plan.case(
+            "paged",
+            **{"dtype": d, "seqlen": n, "batch": CACHED // n, **GROUPED},
+            **{"page_size": size, "storage": storage},
+        )
         for d in plan.dtypes
         if d != "fp32"
         for n in CUDA_CACHES.get(plan.size, CUDA_CACHES["default"])
-        for size in (16, 256)
+        for size, storage in storages
+        if not storage or (d, n) == ("bf16", 8192)
     ]
 
 
