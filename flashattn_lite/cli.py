@@ -39,20 +39,42 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.stdout is None:  # the shell closed it (`>&-`)
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
-        if words[:2] == ["bench", "serving"]:  # has options of its own
-            from flashattn_lite.bench.serving import command as bench_serving
-
-            return bench_serving.main(words[2:])
-        known = parser().parse_args(words)
-        known.arguments = words
-        return int(known.run(known))
+        try:
+            return _run(words)
+        finally:
+            sys.stdout.flush()  # what cannot be written fails here, not at the interpreter's end
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever reads has gone, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return 141
+    except OSError as error:  # a full disk, a folder that nobody may write to
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"flashattn-lite: {where}{error.strerror or error}", file=sys.stderr)
+        _drop_output()
+        return 1
+
+
+def _run(words: list[str]) -> int:
+    if words[:2] == ["bench", "serving"]:  # has options of its own
+        from flashattn_lite.bench.serving import command as bench_serving
+
+        return bench_serving.main(words[2:])
+    known = parser().parse_args(words)
+    known.arguments = words
+    return int(known.run(known))
+
+
+def _drop_output() -> None:
+    """What stdout has buffered and cannot write goes nowhere."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _info(known: argparse.Namespace) -> int:

@@ -419,6 +419,13 @@ def test_comparison_names_what_left_both_spreads() -> None:
     )
     found = {c.case.seqlen: c.verdict for c in compare.changes(before, after)}
     assert found == {10: "slower", 20: "", 30: "faster"}
+    for results, factor in ((before, 1.0), (after, 0.5)):  # judged by CPU time, if both are
+        results.settings["clock"] = "cpu"
+        for row in results.rows:
+            row.cpu_ratio = Ratio(factor, factor, factor)
+    assert {c.verdict for c in compare.changes(before, after)} == {"slower"}
+    after.settings["clock"] = "wall"
+    assert {c.case.seqlen: c.verdict for c in compare.changes(before, after)} == found
     (only,) = compare.unmatched(before, after)
     assert only.startswith("only in the first") and "length 40" in only
     both = [results_of(row_of(replace(SMALL, threads=n), 1.0)) for n in (1, 2)]

@@ -104,6 +104,38 @@ def test_cuda_is_refused_without_a_device(capsys: pytest.CaptureFixture[str]) ->
     assert "--device cuda: torch sees no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["info"], ["bench", "--help"]], ids=" ".join)
+def test_output_that_nobody_takes_ends_the_program_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """Into `| head`, onto a full disk, or with stdout closed; nothing is left for the end."""
+    read, write = os.pipe()
+    os.close(read)
+    for stream, status, said in (
+        (os.fdopen(write, "w"), 141, ""),
+        (
+            os.fdopen(os.open("/dev/full", os.O_WRONLY), "w"),
+            1,
+            "flashattn-lite: No space left on device\n",
+        ),
+        (None, 0, ""),
+    ):
+        monkeypatch.setattr(sys, "stdout", stream)
+        try:
+            assert main(words) == status
+        except SystemExit as stop:  # argparse's own end, after --help
+            assert (stop.code, status) == (0, 0)
+        if stream is not None:
+            stream.close()  # flushes
+        assert capsys.readouterr().err == said
+
+
+def test_a_folder_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    results = next((Path(__file__).parents[1] / "bench/results").glob("*-io.json"))
+    assert main(["bench", "report", str(results), "--output", "/dev/null/docs"]) == 1
+    assert capsys.readouterr().err == "flashattn-lite: /dev/null/docs: Not a directory\n"
+
+
 def test_bench_prints_tables_and_writes_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

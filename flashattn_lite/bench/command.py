@@ -193,7 +193,8 @@ def _measure(known: argparse.Namespace) -> int:
         results.save(path)
         print(f"\nresults: {path}")
     if interrupted:
-        print("interrupted: these are the rows measured until then", file=sys.stderr)
+        until = "these are the rows measured" if results.rows else "no row was measured"
+        print(f"interrupted: {until} until then", file=sys.stderr)
         return 130
     return 1 if results.failures else 0
 
@@ -228,8 +229,9 @@ def measure(
                     saved = time.monotonic()
         except KeyboardInterrupt:
             interrupted = True
-    print("\n".join(present.header(results)))
-    present.show(results)
+    if results.rows:
+        print("\n".join(present.header(results)))
+        present.show(results)
     return interrupted
 
 
@@ -281,7 +283,8 @@ def _device(wanted: str) -> str:
     kernels = machine.installed()["build"]["cuda"] is not None
     if wanted == "cuda":
         if not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no CUDA device")
+            why = "" if torch.version.cuda else f" ({torch.__version__} is built without CUDA)"
+            raise ValueError(f"--device cuda: torch sees no CUDA device{why}")
         if not kernels:
             raise ValueError(
                 "--device cuda: this build of flashattn_lite has no CUDA kernels "

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashattn_lite.bench import tables
+from flashattn_lite.bench import papers, tables
 from flashattn_lite.bench.cases import Case
-from flashattn_lite.bench.results import Results, Row, groups_of
+from flashattn_lite.bench.results import Results, groups_of
+from flashattn_lite.bench.timing import Ratio
 
 TOLERANCE = 0.05  # a figure must change by more than this, and leave the other's quartiles
 
@@ -18,37 +19,41 @@ class Change:
     """One case in both results; the figures are baseline / ours."""
 
     case: Case
-    before: Row
-    after: Row
+    before: Ratio
+    after: Ratio
 
     @property
     def factor(self) -> float:
-        before, after = self.before.figure(), self.after.figure()
-        assert before is not None and after is not None
-        return after / before
+        return self.after.median / self.before.median
 
     @property
     def verdict(self) -> str:
         """ "slower", "faster" or "": beyond the tolerance, and outside each other's quartiles."""
-        a = self.before.ratios[self.before.baseline]
-        b = self.after.ratios[self.after.baseline]
-        if self.factor < 1 - TOLERANCE and b.q3 < a.q1:
+        if self.factor < 1 - TOLERANCE and self.after.q3 < self.before.q1:
             return "slower"
-        if self.factor > 1 + TOLERANCE and b.q1 > a.q3:
+        if self.factor > 1 + TOLERANCE and self.after.q1 > self.before.q3:
             return "faster"
         return ""
 
 
+def common_clock(before: Results, after: Results) -> str:
+    """CPU time where both runs judge by it, the wall clock otherwise."""
+    return "cpu" if before.clock == after.clock == "cpu" else "wall"
+
+
 def changes(before: Results, after: Results) -> list[Change]:
     """The cases that both measured against the same baseline."""
-    known = {row.case: row for row in before.rows if row.figure() is not None}
-    return [
-        Change(row.case, known[row.case], row)
-        for row in after.rows
-        if row.case in known
-        and row.figure() is not None
-        and known[row.case].baseline == row.baseline
-    ]
+    clock = common_clock(before, after)
+    known = {row.case: row for row in before.rows}
+    found = []
+    for row in after.rows:
+        other = known.get(row.case)
+        if other is None or other.baseline != row.baseline:
+            continue
+        a, b = other.ratio(clock), row.ratio(clock)
+        if a is not None and b is not None:
+            found.append(Change(row.case, a, b))
+    return found
 
 
 def unmatched(before: Results, after: Results) -> list[str]:
@@ -71,8 +76,8 @@ def table(found: Sequence[Change]) -> tuple[list[str], list[list[str]]]:
         body.append(
             [
                 *(f"{change.case.suite}: {change.case.label()}", change.case.dtype),
-                *(str(change.case.threads), f"{change.before.figure():.2f}"),
-                *(f"{change.after.figure():.2f}", f"{sign}{change.factor:.2f}"),
+                *(str(change.case.threads), f"{change.before.median:.2f}"),
+                *(f"{change.after.median:.2f}", f"{sign}{change.factor:.2f}"),
                 sign + change.verdict,
             ]
         )
@@ -85,7 +90,7 @@ def main(first: Path, second: Path) -> int:
     for name, results in (("before", before), ("after", after)):
         facts = results.facts
         print(
-            f"{name:<7} {facts['cpu']['model']}, flashattn_lite {facts['library']['version']} "
+            f"{name:<7} {papers.title(results)}, flashattn_lite {facts['library']['version']} "
             f"({facts['library']['commit'] or 'no commit'}), torch {facts['torch']['version']}: "
             f"{results.command}"
         )
@@ -93,12 +98,16 @@ def main(first: Path, second: Path) -> int:
     if not found:
         print("the two have no case in common")
         return 2
-    print("\nbaseline / ours; changes beyond 5 % and outside each other's quartiles are named")
+    clock = common_clock(before, after)
+    print(
+        f"\nbaseline / ours by {clock} time; changes beyond {TOLERANCE:.0%} and outside each "
+        "other's quartiles are named"
+    )
     print(tables.terminal(*table(found), left=2))
-    means = {g.group: g.mean for g in groups_of(before.rows)}
+    means = {g.group: g.mean for g in groups_of(before.rows, clock)}
     rows = [
         [f"{g.group.suite}: {g.group.title}", f"{means[g.group]:.2f}", f"{g.mean:.2f}"]
-        for g in groups_of(after.rows)
+        for g in groups_of(after.rows, clock)
         if g.group in means
     ]
     if rows:

@@ -34,11 +34,15 @@ class Row:
     notes: list[str] = field(default_factory=list)
     failure: str | None = None
 
-    def figure(self, clock: str = "wall") -> float | None:
-        """The row's headline: baseline / ours."""
+    def ratio(self, clock: str = "wall") -> Ratio | None:
+        """Baseline / ours."""
         if clock == "cpu" and self.cpu_ratio is not None:
-            return self.cpu_ratio.median
-        found = self.ratios.get(self.baseline)
+            return self.cpu_ratio
+        return self.ratios.get(self.baseline)
+
+    def figure(self, clock: str = "wall") -> float | None:
+        """The row's headline: the median of ``ratio``."""
+        found = self.ratio(clock)
         return None if found is None else found.median
 
     def loses(self, clock: str = "wall") -> bool:
