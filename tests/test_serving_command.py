@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import flashattn_lite
 from flashattn_lite.cli import main
@@ -25,8 +26,6 @@ def test_generate_prints_the_prompt_and_what_follows(capsys: pytest.CaptureFixtu
     words += ["--repetition-penalty", "1"]
     assert main(words) == 0
     out, err = capsys.readouterr()
-    import torch
-
     config = EngineConfig(max_running=1, prefix_cache=False)
     model = load_model(EMBEDDED, dtype=torch.float32)
     engine = Engine(model, load_tokenizer(EMBEDDED), config)
@@ -92,13 +91,21 @@ def test_stop_ends_the_text(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "x", "--model", "none"], "generate: --model none: "),
         (["generate", "x", "--max-tokens", "2000"], "max_tokens is 2000, together 2001; at most"),
         (["generate", ""], "generate: prompt is empty"),
+        (["generate", "x", "--device", "tpu"], "generate: --device tpu: it must be cpu, cuda"),
+        (["serve", "--device", "cuda"], "serve: --device cuda: torch sees no CUDA device"),
+        (["bench", "serving", "--json", "/dev/null/r"], "bench serving: --json /dev/null/r: "),
+        (["bench", "serving", "--plot", "/dev/null/p"], "bench serving: --plot /dev/null/p: "),
         (["serve", "--model", "none"], "serve: --model none: "),
         (["serve", "--max-step-tokens", "3"], "serve: EngineConfig: max_step_tokens is 3"),
     ],
 )
 def test_what_cannot_be_done_is_a_sentence(
-    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(words) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
@@ -111,6 +118,7 @@ def test_what_cannot_be_done_is_a_sentence(
         (["generate"], "the following arguments are required: text"),
         (["serve", "--drain", "-1"], "'-1' is not a number of seconds"),
         (["serve", "--dtype", "int4"], "invalid choice: 'int4'"),
+        (["serve", "--port", "65536"], "'65536' is not a port, 0 to 65535"),
     ],
 )
 def test_wrong_usage_exits_with_2(

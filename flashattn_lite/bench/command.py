@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from flashattn_lite.bench import ceilings, isa, machine, present, runner
 from flashattn_lite.bench.cases import DTYPES
 from flashattn_lite.bench.progress import Progress
@@ -187,7 +185,7 @@ def _measure(known: argparse.Namespace) -> int:
     suites = list(dict.fromkeys(known.suites)) or list(SUITES)
     path = None if known.no_json else known.json or default_path(results, suites)
     if path is not None:
-        _check_writable(path)
+        check_writable(path, "--json", "--no-json")
     interrupted = measure(results, plan, settings, suites, path)
     if path is not None and results.rows:
         results.save(path)
@@ -235,7 +233,7 @@ def measure(
     return interrupted
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path, option: str, instead: str = "") -> None:
     """Before the measuring rather than after it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,9 +242,8 @@ def _check_writable(path: Path) -> None:
         if not existed:
             path.unlink()
     except OSError as error:
-        raise ValueError(
-            f"--json {path}: {error.strerror}; say where to write, or --no-json"
-        ) from None
+        remedy = "say where to write" + (f", or {instead}" if instead else "")
+        raise ValueError(f"{option} {path}: {error.strerror}; {remedy}") from None
 
 
 def default_path(results: Results, suites: list[str]) -> Path:
@@ -280,17 +277,10 @@ def _without_paths(arguments: list[str]) -> str:
 
 
 def _device(wanted: str) -> str:
-    kernels = machine.installed()["build"]["cuda"] is not None
-    if wanted == "cuda":
-        if not torch.cuda.is_available():
-            why = "" if torch.version.cuda else f" ({torch.__version__} is built without CUDA)"
-            raise ValueError(f"--device cuda: torch sees no CUDA device{why}")
-        if not kernels:
-            raise ValueError(
-                "--device cuda: this build of flashattn_lite has no CUDA kernels "
-                "(install with nvcc on PATH, or FAL_CUDA=1)"
-            )
-    return "cuda" if wanted != "cpu" and kernels and torch.cuda.is_available() else "cpu"
+    reason = machine.why_no_cuda() if wanted != "cpu" else None
+    if wanted == "cuda" and reason is not None:
+        raise ValueError(f"--device cuda: {reason}")
+    return "cuda" if wanted != "cpu" and reason is None else "cpu"
 
 
 def _usable(wanted: tuple[int, ...] | None) -> tuple[int, ...]:

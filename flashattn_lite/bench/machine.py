@@ -131,6 +131,19 @@ def describe() -> dict[str, Any]:
     }
 
 
+def why_no_cuda() -> str | None:
+    """Why this library runs nothing on CUDA here; None where it does."""
+    if not torch.cuda.is_available():
+        why = "" if torch.version.cuda else f" ({torch.__version__} is built without CUDA)"
+        return f"torch sees no CUDA device{why}"
+    if installed()["build"]["cuda"] is None:
+        return (
+            "this build of flashattn_lite has no CUDA kernels "
+            "(install with nvcc on PATH, or FAL_CUDA=1)"
+        )
+    return None
+
+
 def headline(facts: dict[str, Any]) -> list[str]:
     """The lines above a table, from ``describe``'s facts."""
     cpu_, built, torch_ = facts["cpu"], facts["library"], facts["torch"]

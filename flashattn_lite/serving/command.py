@@ -63,7 +63,7 @@ def add_parsers(commands: Any) -> None:
     _add_model(serve)
     serve.add_argument("--name", help="the model's name to clients (default: the folder's)")
     serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    serve.add_argument("--port", type=_port, default=8000, help="0: any that is free")
     serve.add_argument(
         "--max-body", type=_count, default=1 << 20, metavar="BYTES", help="of a request's body"
     )
@@ -128,6 +128,12 @@ def _count(text: str) -> int:
     return number
 
 
+def _port(text: str) -> int:
+    if not (text.isdigit() and int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
+    return int(text)
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -152,6 +158,7 @@ def load(known: argparse.Namespace) -> tuple[Any, Tokenizer]:
 
     from flashattn_lite.serving import load_model, load_tokenizer
 
+    _check_device(known.device)
     if known.threads is not None:
         torch.set_num_threads(known.threads)
     folder = known.model or EMBEDDED
@@ -164,8 +171,26 @@ def load(known: argparse.Namespace) -> tuple[Any, Tokenizer]:
     try:
         model = load_model(folder, dtype=dtype, device=known.device, quantize=known.quantize)
         return model, load_tokenizer(folder)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
+    except ImportError as error:  # says what to install
+        raise _UsageError(str(error)) from error
+    except (OSError, ValueError, RuntimeError) as error:
         raise _UsageError(f"--model {folder}: {error}") from error
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    from flashattn_lite.bench.machine import why_no_cuda
+
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if kind not in ("cpu", "cuda"):
+        raise _UsageError(f"--device {name}: it must be cpu, cuda, cuda:1 ...")
+    reason = why_no_cuda() if kind == "cuda" else None
+    if reason is not None:
+        raise _UsageError(f"--device {name}: {reason}")
 
 
 def missing_package(names: tuple[str, ...]) -> str | None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from flashattn_lite.bench import machine, tables
+from flashattn_lite.bench.command import check_writable
 from flashattn_lite.bench.progress import Progress
 from flashattn_lite.bench.serving import (
     contenders,
@@ -108,8 +109,11 @@ def main(arguments: Sequence[str]) -> int:
     if known.threads is not None:
         torch.set_num_threads(known.threads)
     facts = machine.describe()
-    print("\n".join(machine.headline(facts)))
     try:
+        for option, path in (("--json", known.json), ("--plot", known.plot)):
+            if path is not None:
+                check_writable(path, option)
+        print("\n".join(machine.headline(facts)))
         with _folder(known) as folder:
             found = {"load": _load, "compare": _compare, "prefix": _prefix}[known.what](
                 known, folder
@@ -123,7 +127,6 @@ def main(arguments: Sequence[str]) -> int:
             "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             **{"facts": facts, "threads": torch.get_num_threads(), "what": known.what, **found},
         }
-        known.json.parent.mkdir(parents=True, exist_ok=True)
         known.json.write_text(json.dumps(body, indent=1) + "\n")
         print(f"\nresults: {known.json}")
     return 1 if found.get("failed") else 0
