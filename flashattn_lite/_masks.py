@@ -68,6 +68,8 @@ def kernel_window(
     (2, (None, 0))
     >>> kernel_window(Band(None, 0), 5, 2)  # rows 2, 3 and 4 see everything
     (2, (None, 3))
+    >>> kernel_window(Band(-1, None), 3, 3) is None  # row 2 sees nothing
+    True
     """
     keys = seqlen_k if band.right is None else max(0, min(seqlen_k, seqlen_q + band.right))
     shift = keys - seqlen_q  # the kernels' diagonal, seen from the first row and key

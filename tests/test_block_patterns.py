@@ -205,6 +205,13 @@ def check_listing(mask: BlockMask, expected: Tensor) -> None:
         assert expected[rows, keys].all()
 
 
+def test_blocks_that_an_intersection_empties_are_not_listed() -> None:
+    even = BlockMask.from_dense((I + J) % 2 == 0, block_size=16)
+    odd = BlockMask.from_dense(((I + J) % 2 == 1) | (J < 16), block_size=16)
+    kinds = (even & odd).kinds()[0, 0]
+    assert kinds[:, 0].all() and not kinds[:, 1:].any()
+
+
 @given(st.data())
 @property_test
 def test_tables_broadcast_and_stack(data) -> None:

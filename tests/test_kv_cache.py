@@ -311,3 +311,14 @@ def test_errors_name_the_argument_and_write_nothing(case: str) -> None:
     assert message in str(caught.value)
     for old, new in zip(before, caches, strict=True):
         assert torch.equal(kv_caches.bits(old), kv_caches.bits(new))
+
+
+def test_two_entries_may_write_one_sequence_row_behind_row() -> None:
+    """cache_batch_idx names it twice; the second's rows begin where the first's end."""
+    arguments = _contiguous(
+        **{"cache_batch_idx": int32(1, 1), "cache_seqlens": int32(4, 6)},
+        **{"k": torch.randn(2, 2, 2, 8), "v": torch.randn(2, 2, 2, 8)},
+    )
+    fal.flash_attn_with_kvcache(**arguments)
+    for new, cache in (("k", "k_cache"), ("v", "v_cache")):
+        assert torch.equal(arguments[cache][1, 4:8], arguments[new].flatten(0, 1))

@@ -152,8 +152,11 @@ def test_attend(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("seqlen_q", (1, 3, 7))
 @pytest.mark.parametrize("prefix", (3, 16, 41))
-def test_cascade_equals_the_plain_result(causal: bool, seqlen_q: int, prefix: int) -> None:
-    cache, sequences = filled((prefix, 7, 9, 30))
+@pytest.mark.parametrize("own", ((7, 9, 30), (4, 1, 30)))  # shorter than q: its rows reach back
+def test_cascade_equals_the_plain_result(
+    causal: bool, seqlen_q: int, prefix: int, own: tuple[int, ...]
+) -> None:
+    cache, sequences = filled((prefix, *own))
     assert cache.shared_prefix(sequences) == prefix // 4 * 4
     q = torch.randn(3, seqlen_q, 4, 16)
     out, lse = cache.attend_cascade(sequences, q, causal=causal)
@@ -162,6 +165,40 @@ def test_cascade_equals_the_plain_result(causal: bool, seqlen_q: int, prefix: in
     )
     testing.check_within_budget("out", out, truth[0], low[0])
     testing.check_within_budget("lse", lse, truth[1], low[1])
+
+
+def test_a_shared_prefix_ends_with_the_shortest_sequence() -> None:
+    cache, (sequence,) = filled((9, 2))
+    short = cache.fork(sequence)
+    cache.truncate(short, 6)  # in the middle of the second page, which both hold
+    assert cache.shared_prefix([sequence, short]) == 4
+    q = torch.randn(2, 2, 4, 16)
+    out, _ = cache.attend_cascade([sequence, short], q)
+    torch.testing.assert_close(out, cache.attend([sequence, short], q), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.int8))
+def test_a_writer_copies_a_shared_page_with_all_layers_and_factors(dtype: torch.dtype) -> None:
+    cache = fal.PagedKVCache(8, 4, 2, 16, dtype=dtype, num_layers=2)
+    pools = [pool for pool in (cache.k, cache.v, cache.k_scale, cache.v_scale) if pool is not None]
+
+    def extend(sequence: int, rows: int) -> None:
+        cache.extend([sequence], [rows])
+        for layer in range(2):
+            cache.write([sequence], *torch.randn(2, 1, rows, 2, 16).unbind(0), layer=layer)
+
+    def first_rows(sequence: int) -> list[Tensor]:
+        (page, *_) = cache.pages(sequence)
+        return [pool[:, page, :3].clone() for pool in pools]
+
+    first = cache.create()
+    extend(first, 3)
+    second, before = cache.fork(first), first_rows(first)
+    extend(second, 2)
+    assert cache.pages(first)[0] != cache.pages(second)[0]
+    for sequence in (first, second):
+        assert all(map(torch.equal, before, first_rows(sequence)))
+        assert all(bool(t.any()) for t in before)
 
 
 def test_layers_share_pages_and_ragged_rows_are_written() -> None:

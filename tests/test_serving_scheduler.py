@@ -254,6 +254,18 @@ def test_requests_are_admitted_in_order() -> None:
     assert [r.request_id for r in scheduler.waiting] == ["too large for now", "small"]
 
 
+@pytest.mark.parametrize("pages,admitted", ((4, False), (5, True)))
+def test_a_newcomer_leaves_a_page_for_each_running_request(pages: int, admitted: bool) -> None:
+    """Else the next step would take its pages back."""
+    scheduler = make_scheduler(PagePool(pages, 4, 1, 1), prefix_cache=False)
+    submit(scheduler, "first", [1, 2])
+    run(scheduler)
+    newcomer = submit(scheduler, "newcomer", [3] * 12)  # three pages
+    run(scheduler)
+    assert (newcomer in scheduler.running) is admitted
+    assert newcomer.preemptions == 0
+
+
 def test_a_shared_prompt_is_computed_once() -> None:
     scheduler = make_scheduler(PagePool(100, 4, 1, 1), max_step_tokens=64)
     stem = list(range(40))

@@ -1,5 +1,6 @@
 """Trees of draft tokens over every cache against the reference with the whole mask as a bias."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -99,6 +100,23 @@ def test_a_chain_is_causal_and_appends() -> None:
     torch.testing.assert_close(lse, causal_lse, rtol=1e-5, atol=1e-6)
     pool.truncate(sequences[0], 6)
     assert pool.length(sequences[0]) == 6
+
+
+@pytest.mark.parametrize("leftpad,refused", ((3, False), (4, True)))
+def test_a_sequence_holds_its_tree_after_any_left_padding(leftpad: int, refused: bool) -> None:
+    cache, q = torch.randn(1, 16, 1, 8), torch.randn(1, 7, 2, 8)
+    options = {"cache_leftpad": torch.tensor([leftpad], dtype=torch.int32)}
+    call = functools.partial(
+        *(fal.flash_attn_with_kvcache, q, cache, cache),
+        **{"cache_seqlens": 10, "tree_mask": ancestor_mask(torch.tensor(PARENTS)), **options},
+    )
+    if not refused:
+        assert call().isfinite().all()
+        return
+    with pytest.raises(
+        fal.ArgumentError, match=r"must count the 7 rows of the tree, after any left"
+    ):
+        call()
 
 
 def test_nothing_outside_the_sequence_is_looked_at() -> None:
