@@ -153,12 +153,23 @@ def test_module_in_half_precision_keeps_exact_angles() -> None:
         assert torch.equal(a, b)
 
 
+def test_module_trains_with_tables_that_inference_made() -> None:
+    rotary = RotaryEmbedding(8)
+    with torch.inference_mode():
+        rotary(torch.ones(1, 5, 3, 1, 8))
+    x = torch.randn(1, 5, 3, 1, 8, requires_grad=True)
+    rotary(x.clone()).sum().backward()
+    assert x.grad is not None and bool(x.grad.isfinite().all())
+
+
 def test_module_xpos_decays_with_distance_only() -> None:
     """Rotated q.k with XPos depends on positions through their difference alone."""
     rotary = RotaryEmbedding(8, scale_base=16.0).double()
-    q, k = (torch.randn(8, dtype=torch.float64).expand(1, 20, 1, 8).clone() for _ in range(2))
-    kv = torch.stack([k, k], 2)
+    q, k = (torch.randn(8, dtype=torch.float64).expand(1, 21, 1, 8).clone() for _ in range(2))
+    kv, length = torch.stack([k, k], 2), q[0, 0].norm()
     q_rotated, kv_rotated = rotary(q, kv)
+    torch.testing.assert_close(q_rotated[0, 10].norm(), length)  # the middle neither grows nor
+    assert not q_rotated[0, 9].norm().isclose(length)  # shrinks, as in flash_attn
     scores = q_rotated[0, :, 0] @ kv_rotated[0, :, 0, 0].T
     for distance in range(1, 10):
         diagonal = scores.diagonal(-distance)
