@@ -381,6 +381,8 @@ def test_losses_are_named() -> None:
     rows = [row_of(SMALL, 0.5), row_of(replace(SMALL, dtype="bf16"), 1.5)]
     (line,) = present.losses(rows, "wall")
     assert "length 40" in line and "fp32" in line and "takes 2.00 times the time of sdpa" in line
+    (line,) = present.losses([row_of(SMALL, 0.998)], "wall")
+    assert line.endswith("takes barely more than the time of sdpa")
 
 
 def test_on_cuda_prompts_have_flops_and_decoding_has_bytes() -> None:

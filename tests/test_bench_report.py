@@ -25,7 +25,7 @@ def test_report_has_every_table_and_its_command(tmp_path: Path) -> None:
     assert "`flashattn-lite bench forward --quick`" in text
     assert "`flashattn-lite bench memory --quick`" in text
     assert "| forward: fp32 dense | 2 | 1.02 | 0.80 | 1.05 | missed |" in text
-    assert "Rows in which PyTorch is better: 1 of 4." in text
+    assert "Rows in which the baseline is better: 1 of 4." in text
     assert "FAILED: 2x2 heads, length 40, head dim 16, dense, fp32: it broke" in text
     assert "absent   flex: why" in text
 

@@ -131,7 +131,7 @@ class Case:
             size = f"{len(self.lengths)} ragged x{heads}x{self.seqlen}x{self.head_dim}"
         more = " " + self.score if self.score else ""
         more += " drop-in" if self.drop_in else ""
-        more += " + backward" if self.backward and self.suite == "overhead" else ""
+        more += " + backward" if self.backward and self.suite in ("overhead", "sparse") else ""
         return f"{size} {self.mask_name()}{more}"
 
     def as_json(self) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def growth(rows: Sequence[Row]) -> float | None:
 
 
 def losses(rows: Sequence[Row], clock: str) -> list[str]:
-    """A sentence for every row in which PyTorch is faster (or smaller)."""
+    """A sentence for every row in which the baseline is faster (or smaller)."""
     lines = []
     for row in rows:
         figure = row.figure(clock)
@@ -237,11 +237,13 @@ def losses(rows: Sequence[Row], clock: str) -> list[str]:
             continue
         more = "takes" if row.case.suite != "memory" else "needs"
         of = "the time" if row.case.suite != "memory" else "the memory"
+        times = f"{1 / figure:.2f} times"
+        times = "barely more than" if times == "1.00 times" else times
         threads = f", {row.case.threads} threads" if row.case.threads > 1 else ""
         work = "training, " if row.case.backward else ""
         lines.append(
             f"{row.case.suite}: {work}{row.case.label()}, {row.case.dtype}{threads}: "
-            f"{more} {1 / figure:.2f} times {of} of {row.baseline}"
+            f"{more} {times} {of} of {row.baseline}"
         )
     return lines
 
