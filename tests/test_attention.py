@@ -194,6 +194,14 @@ def test_dropout_follows_torch_seed_and_its_definition() -> None:
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_attention_weights_take_a_bias_of_any_rank() -> None:
+    q, k = torch.randn(2, 3, 4, 8), torch.randn(2, 5, 2, 8)
+    bias = torch.randn(3, 5)
+    shown = attention_weights(q, k, bias=bias)
+    assert torch.equal(shown, attention_weights(q, k, bias=bias.expand(2, 4, 3, 5)))
+    assert not shown.isclose(attention_weights(q, k)).all()
+
+
 def test_attention_weights_are_normalised() -> None:
     q, k = torch.randn(2, 7, 4, 8), torch.randn(2, 9, 2, 8)
     weights = attention_weights(q, k, causal=True)

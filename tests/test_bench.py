@@ -204,6 +204,22 @@ def test_exactness_accepts_right_results_and_refuses_wrong_ones(case: Case, buil
         assert not exactness.check(case, inputs, known, tuple(wrong), entry.layout).exact
 
 
+def test_outputs_may_err_twice_and_gradients_three_times_as_rounding_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = replace(SMALL, backward=True)
+    inputs, factors = Inputs(case), []
+
+    def error_budget(*arguments: object, **_options: object) -> float:
+        factors.append(arguments[3])
+        return 1.0
+
+    monkeypatch.setattr(exactness, "error_budget", error_budget)
+    known, entry = list(exactness.truths(case, inputs)), ours(case, inputs)
+    assert exactness.check(case, inputs, known, entry.run(), entry.layout).exact
+    assert factors == [2.0, 3.0, 3.0, 3.0]
+
+
 def test_the_shortest_sequence_of_a_cache_is_among_the_probes() -> None:
     lengths = (40, 30, 2, 20)
     shape = {"dtype": "fp32", "head_dim": 8, "seqlen": 40, "batch": 4, "heads": 2}

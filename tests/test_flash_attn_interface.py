@@ -152,6 +152,14 @@ def test_s_dmask_tells_what_was_dropped(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.float(), dropped.transpose(1, 2), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_s_dmask_has_a_sign_where_the_probability_is_nothing(dtype: torch.dtype) -> None:
+    q, k, v = (30 * torch.randn(1, 40, 2, 16).to(dtype) for _ in range(3))
+    _, _, s_dmask = flash_attn_func(q, k, v, dropout_p=0.9, return_attn_probs=True)
+    assert float((s_dmask.abs() < 1e-4).float().mean()) > 0.9
+    assert abs(float((s_dmask < 0).float().mean()) - 0.9) < 0.03
+
+
 def test_s_dmask_becomes_probabilities_as_flash_attn_s_tests_do_it() -> None:
     """Their recipe scales blocks of keys by exp(block maximum - lse); our block is the row."""
     q, k, v = (torch.randn(1, 12, 1, 8) for _ in range(3))

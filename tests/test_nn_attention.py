@@ -145,6 +145,17 @@ def test_decoding_with_a_cache_is_the_whole_sequence(name: str, paged: bool) -> 
         module(x[:, :1], cache=cache)  # it is full
 
 
+def test_dropout_is_for_training_only_and_follows_the_seed() -> None:
+    module, x = fal_nn.Attention(E, H, dropout=0.5), torch.randn(2, 9, E)
+    plain = fal_nn.Attention(E, H)
+    plain.load_state_dict(module.state_dict())
+    assert torch.equal(module.eval()(x), plain(x))
+    module.train()
+    first, again, other = ((torch.manual_seed(s), module(x))[1] for s in (1, 1, 2))
+    assert torch.equal(first, again) and not first.isclose(other).all()
+    assert not first.isclose(plain(x)).all()
+
+
 def test_cross_attention_with_lengths_and_bias() -> None:
     torch.manual_seed(0)
     module = fal_nn.Attention(E, H, dim_context=20)
