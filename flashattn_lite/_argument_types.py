@@ -65,6 +65,11 @@ def number(name: str, argument: str, value: Any) -> float:
     if isinstance(value, float | torch.SymFloat | torch.SymInt):
         return value  # type: ignore[return-value]
     if isinstance(value, Tensor):
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ArgumentError(
+                f"{name}: {argument} requires a gradient and has none here; pass it detached (a "
+                "scale that is learned can multiply q)"
+            )
         break_graph(name, f"{argument} is a tensor, which has to be read; give it as a float")
     try:
         if not isinstance(value, str | bytes | complex):
@@ -115,7 +120,9 @@ def by_annotation(function: Callable[P, R]) -> Callable[P, R]:
             if kind in checks and not (value is None and optional == "None"):
                 if optional not in ("", "None") and isinstance(value, Tensor):
                     continue  # int | Tensor
-                bound.arguments[argument] = checks[kind](name, argument, value)
+                value = bound.arguments[argument] = checks[kind](name, argument, value)
+                if kind == "int" and argument.startswith("seqlen") and value < 0:
+                    raise ArgumentError(f"{name}: {argument} is {value}; it must be >= 0")
         return function(*bound.args, **bound.kwargs)
 
     return checked

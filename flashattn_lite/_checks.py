@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, int32, int64
 
@@ -39,8 +39,13 @@ def check(name: str, q: Tensor, k: Tensor, v: Tensor, options: Options) -> None:
     given = _argument_types.given(**{argument: options.get(argument) for argument in _TENSORS})
     _argument_types.dense(name, q=q, k=k, v=v, **given)
     _argument_types.flag(name, "causal", options.get("causal"))
-    for argument, value in {n: options.get(n) for n in ("softcap", "dropout_p")}.items():
-        _argument_types.number(name, argument, 0.0 if value is None else value)
+    for argument in ("softcap", "dropout_p", "softmax_scale"):
+        value = cast("float | None", options.get(argument))
+        if value is not None:
+            _argument_types.number(name, argument, value)
+    mask = options.get("block_mask")
+    if not isinstance(mask, BlockMask | None):
+        raise TypeError(f"{name}: block_mask is {type(mask).__name__}; it must be a BlockMask")
     try:
         _check_tensors(q, k, v, options)
         batch = _check_shapes(q, k, v, options)
@@ -219,8 +224,22 @@ def _check_block_mask(
             )
 
 
-def _differences(cu: Tensor, side: str, t: Tensor) -> list[int]:
-    """The sequences' lengths."""
+def check_offsets(name: str, side: Literal["q", "k"], cu_seqlens: Tensor, longest: Any) -> None:
+    """cu_seqlens of tokens in pages, which tell no number of rows, and the longest sequence."""
+    longest = _argument_types.index(name, f"max_seqlen_{side}", longest)
+    try:
+        lengths = _differences(cu_seqlens, side, None)
+    except ArgumentError as error:
+        raise ArgumentError(f"{name}: {error}") from None
+    if max(lengths, default=0) > longest:
+        raise ArgumentError(
+            f"{name}: max_seqlen_{side} is {longest} but cu_seqlens_{side} has a sequence of "
+            f"{max(lengths)} rows; it must be at least that"
+        )
+
+
+def _differences(cu: Tensor, side: str, t: Tensor | None) -> list[int]:
+    """The sequences' lengths; t holds their rows."""
     offsets = cu.tolist()
     if offsets[0] != 0:
         raise ArgumentError(f"cu_seqlens_{side} starts at {offsets[0]}; it must start at 0")
@@ -229,7 +248,7 @@ def _differences(cu: Tensor, side: str, t: Tensor) -> list[int]:
             raise ArgumentError(
                 f"cu_seqlens_{side} falls from {a} to {b} at entry {i + 1}; it must not fall"
             )
-    if offsets[-1] > t.shape[0]:
+    if t is not None and offsets[-1] > t.shape[0]:
         raise ArgumentError(
             f"cu_seqlens_{side} ends at {offsets[-1]} but {side} has {t.shape[0]} rows"
         )

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +120,18 @@ def argument_error(error: RuntimeError, name: str) -> Exception:
             return ArgumentError(text.replace(operator, name, 1))
         if text.startswith(f"{operator}() "):  # the dispatcher's: an argument of another type
             sentence = text.splitlines()[0].removeprefix(f"{operator}() ")
+            sentence = sentence.replace("found type 'int'", "found one of more than 64 bits")
             return TypeError(f"{name}: {sentence[0].lower()}{sentence[1:]}")
     return error
+
+
+def renamed(error: Exception, words: Mapping[str, str]) -> Exception:
+    """The same error where a function calls arguments otherwise than the one below it that raised:
+    ``words`` is {name there: name here}."""
+    if not (words and isinstance(error, ArgumentError | TypeError)):
+        return error
+    pattern = rf"(?<!\.)\b({'|'.join(words)})\b"
+    return type(error)(re.sub(pattern, lambda found: words[found[1]], str(error)))
 
 
 def _laid_out_like(t: Tensor, last: int) -> Tensor:
@@ -199,10 +211,18 @@ def _fake_backward_plain(
     return dq, dk, dv
 
 
+def _fake_append_kv(k: Tensor, *others: Any) -> None:
+    for t in others:  # one meta tensor among real ones would leave the cache as it was
+        if isinstance(t, Tensor) and t.device != k.device:
+            raise RuntimeError(
+                f"flashattn_lite::append_kv: a tensor is on {t.device} but k is on {k.device}"
+            )
+
+
 register_fake("flashattn_lite::forward", _fake_forward)
 register_fake("flashattn_lite::forward_plain", _fake_forward_plain)
 register_fake("flashattn_lite::forward_plain_training", _fake_forward_plain_training)
 register_fake("flashattn_lite::backward", _fake_backward)
 register_fake("flashattn_lite::backward_plain", _fake_backward_plain)
 register_fake("flashattn_lite::rotate", lambda x, *_: x.new_empty(x.shape))
-register_fake("flashattn_lite::append_kv", lambda *_: None)
+register_fake("flashattn_lite::append_kv", _fake_append_kv)

@@ -39,7 +39,7 @@ def draw_dropout_seed() -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device="cpu")
 
 
-def _window(window: Any, causal: bool, name: str) -> tuple[int, int]:
+def window_sides(window: Any, causal: bool, name: str) -> tuple[int, int]:
     """(left, right) with -1 for unbounded; causal is right = 0."""
     try:
         left, right = window
@@ -48,7 +48,7 @@ def _window(window: Any, causal: bool, name: str) -> tuple[int, int]:
             f"{name}: window is {window!r}; it must be a pair (left, right) of ints or None"
         ) from None
     left, right = -1 if left is None else left, -1 if right is None else right
-    if not (type(left) is type(right) is int):
+    if not (type(left) is type(right) is int and left < 2**63 > right):
         left = _argument_types.index(name, "window[0]", left)
         right = _argument_types.index(name, "window[1]", right)
     if left < -1 or right < -1:
@@ -85,8 +85,10 @@ def autocasts(q: Tensor) -> bool:
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """What torch's autocast does to an operand of scaled_dot_product_attention."""
-    return t.to(dtype) if t.is_floating_point() and t.dtype is not torch.float64 else t
+    """What torch's autocast does to an operand of scaled_dot_product_attention. A float8 cache
+    stays one: its numbers mean nothing without their scales."""
+    cast = t.is_floating_point() and t.dtype is not torch.float64 and t.dtype.itemsize > 1
+    return t.to(dtype) if cast else t
 
 
 def _max_seqlen(value: Any, cu_seqlens: Tensor | None, t: Tensor, name: str, argument: str) -> int:
@@ -238,7 +240,7 @@ def attention(
     if window is UNBOUNDED:
         left, right = -1, 0 if causal else -1
     else:
-        left, right = _window(window, causal, name)
+        left, right = window_sides(window, causal, name)
     if not (softmax_scale is None or type(softmax_scale) is float):
         softmax_scale = _argument_types.number(name, "softmax_scale", softmax_scale)
     if sinks is not None and sinks.dtype in (torch.float16, torch.bfloat16):
@@ -251,7 +253,7 @@ def attention(
             "BlockMask.from_dense makes one of a boolean tensor, BlockMask.from_flex of "
             "flex_attention's"
         )
-    if alibi_slopes is not None and alibi_slopes.requires_grad:
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
         raise _ops.ArgumentError(f"{name}: alibi_slopes has no gradient here; pass it detached")
     if type(num_splits) is not int:
         num_splits = _argument_types.index(name, "num_splits", num_splits)
@@ -363,6 +365,8 @@ def attention(
                 **{"alibi_slopes": alibi_slopes, "sinks": sinks, "bias": bias},
             ),
         )
+        if dropout_seed is not None:
+            _argument_types.dense(name, dropout_seed=dropout_seed)
         raise _ops.argument_error(error, name) from None
     return (out, lse) if return_lse else out
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,28 @@ from flashattn_lite.block_algebra import Parts
 from flashattn_lite.block_elements import BAND, BITMAP, FULL, Grid, Listed, Rules
 
 BlockSize = int | tuple[int, int]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
+    """A decorator: tensors that the function makes are on the CPU, where masks are made, whatever
+    torch's default device is."""
+
+    @functools.wraps(function)
+    def with_cpu(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return with_cpu
+
+
+def makes_mask(function: Callable[P, R]) -> Callable[P, R]:
+    """A decorator: ``by_annotation`` and ``on_cpu``."""
+    return _argument_types.by_annotation(on_cpu(function))
 
 
 def make_grid(
@@ -33,8 +57,8 @@ def make_grid(
             )
     sizes = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "batch": batch, "heads": heads}
     for name, size in sizes.items():
-        if size < 0:
-            raise ArgumentError(f"BlockMask: {name} is {size}; it must be >= 0")
+        if not 0 <= size <= 2**30:
+            raise ArgumentError(f"BlockMask: {name} is {size}; it must be 0 to 2^30")
     return Grid(batch, heads, seqlen_q, seqlen_k, block_q, block_k)
 
 

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from flashattn_lite import block_algebra, block_build, block_elements, block_flex, block_render
-from flashattn_lite._argument_types import by_annotation
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.block_algebra import Parts
-from flashattn_lite.block_build import BlockSize, make_grid
+from flashattn_lite.block_build import BlockSize, make_grid, makes_mask, on_cpu
 from flashattn_lite.block_elements import FULL, Grid, Listed, Rules
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ class BlockMask:
     # ---- from what is at hand --------------------------------------------------------------------
 
     @classmethod
-    @by_annotation
+    @makes_mask
     def from_dense(cls, mask: Tensor, *, block_size: BlockSize = 128) -> BlockMask:
         """A mask from a boolean one, as ``scaled_dot_product_attention`` takes it: True shows.
 
@@ -84,7 +83,7 @@ class BlockMask:
         return cls(*block_build.from_rows(grid, rows))
 
     @classmethod
-    @by_annotation
+    @makes_mask
     def from_predicate(
         cls,
         predicate: Predicate,
@@ -112,19 +111,30 @@ class BlockMask:
         >>> mask.to_dense().sum().item()
         2080
         """
+        if not callable(predicate):
+            raise TypeError(
+                f"BlockMask.from_predicate: predicate is {predicate!r}; it must be a function of "
+                "(batch entry, head, query row, key)"
+            )
         seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
         grid = make_grid(seqlen_q, seqlen_k, block_size, batch, heads)
         key = torch.arange(seqlen_k).unsqueeze(0)
 
         def rows(table: int, begin: int, end: int) -> Tensor:
             b, h = torch.tensor(table // heads), torch.tensor(table % heads)
-            seen = predicate(b, h, torch.arange(begin, end).unsqueeze(1), key)
-            return seen.bool().expand(end - begin, seqlen_k)
+            seen = torch.as_tensor(predicate(b, h, torch.arange(begin, end).unsqueeze(1), key))
+            try:
+                return seen.bool().expand(end - begin, seqlen_k)
+            except RuntimeError:
+                raise ArgumentError(
+                    f"BlockMask.from_predicate: predicate gave shape {tuple(seen.shape)}; it must "
+                    f"broadcast to {(end - begin, seqlen_k)}, rows and keys"
+                ) from None
 
         return cls(*block_build.from_rows(grid, rows))
 
     @classmethod
-    @by_annotation
+    @makes_mask
     def from_blocks(
         cls, blocks: Tensor, seqlen_q: int, seqlen_k: int, *, block_size: BlockSize = 128
     ) -> BlockMask:
@@ -151,7 +161,7 @@ class BlockMask:
         return cls(grid, Listed(numbers, torch.zeros_like(numbers).int(), none.bitmaps), none)
 
     @classmethod
-    @by_annotation
+    @makes_mask
     def from_scores(
         cls,
         scores: Tensor,
@@ -207,6 +217,7 @@ class BlockMask:
     # ---- flex_attention --------------------------------------------------------------------------
 
     @classmethod
+    @on_cpu
     def from_flex(cls, mask: FlexBlockMask) -> BlockMask:
         """A mask from ``torch.nn.attention.flex_attention.BlockMask``, its full blocks full.
 
@@ -222,6 +233,7 @@ class BlockMask:
         """
         return cls(*block_flex.from_flex(mask))
 
+    @on_cpu
     def to_flex(self, device: torch.device | str = "cpu") -> FlexBlockMask:
         """The same as a ``torch.nn.attention.flex_attention.BlockMask`` on a device.
 
@@ -252,12 +264,18 @@ class BlockMask:
                 )
         return self._parts(), other._parts()
 
+    @on_cpu
     def __and__(self, other: BlockMask) -> BlockMask:
         """What both masks show."""
+        if not isinstance(other, BlockMask):
+            return NotImplemented
         return BlockMask(*block_algebra.intersection(*self._with(other, "&")))
 
+    @on_cpu
     def __or__(self, other: BlockMask) -> BlockMask:
         """What either mask shows."""
+        if not isinstance(other, BlockMask):
+            return NotImplemented
         return BlockMask(*block_algebra.union(*self._with(other, "|")))
 
     @staticmethod
@@ -283,6 +301,7 @@ class BlockMask:
         return BlockMask._stacked(masks, heads=False)
 
     @staticmethod
+    @on_cpu
     def _stacked(masks: Sequence[BlockMask], *, heads: bool) -> BlockMask:
         along = "heads" if heads else "batch"
         if not isinstance(masks, Sequence) or not all(isinstance(m, BlockMask) for m in masks):
@@ -298,9 +317,14 @@ class BlockMask:
     def packed(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The operators' arguments, kept for the next call on that device."""
         if device not in self._packed:
-            numbers, layout = block_algebra.packed(self._parts())
-            self._packed[device] = numbers.to(device), layout
+            self._pack(device)
         return self._packed[device]
+
+    @on_cpu
+    @torch.inference_mode(False)  # a call that trains may be next, and saves these for its backward
+    def _pack(self, device: torch.device) -> None:
+        numbers, layout = block_algebra.packed(self._parts())
+        self._packed[device] = numbers.to(device), layout
 
     # ---- what it is ------------------------------------------------------------------------------
 
@@ -337,6 +361,7 @@ class BlockMask:
             f"{g.tables * g.blocks_q * g.blocks_k} listed, {partial} partial)"
         )
 
+    @on_cpu
     def kinds(self) -> Tensor:
         """int8 (batch, heads, blocks_q, blocks_k): 0 not listed, 1 partial, 2 full."""
         g = self._grid
@@ -344,6 +369,7 @@ class BlockMask:
         kinds[self._blocks] = torch.where(self._rule == FULL, 2, 1).to(torch.int8)
         return kinds.reshape(g.batch, g.heads, g.blocks_q, g.blocks_k)
 
+    @makes_mask
     def to_dense(self, seqlen_q: int | None = None, seqlen_k: int | None = None) -> Tensor:
         """bool (batch, heads, seqlen_q, seqlen_k), True where visible.
 
@@ -400,6 +426,7 @@ class BlockMask:
         height = (self.seqlen_q - r * self._grid.block_q).clamp(max=self._grid.block_q)
         return height * (self.seqlen_k - c * self._grid.block_k).clamp(max=self._grid.block_k)
 
+    @on_cpu
     def _visible(self) -> int:
         partial = (self._rule != FULL).nonzero().squeeze(1)
         count = int(self._areas(self._blocks[self._rule == FULL]).sum())
@@ -411,6 +438,7 @@ class BlockMask:
             count += int(shown.sum())
         return count
 
+    @makes_mask
     def flops(self, head_dim: int, head_dim_v: int | None = None, *, backward: bool = False) -> int:
         """Multiplications and additions of the listed blocks' products, over the mask's tables.
 
@@ -425,6 +453,7 @@ class BlockMask:
             per_element = 2 * (3 * head_dim + 2 * head_dim_v)
         return per_element * int(self._areas(self._blocks).sum())
 
+    @makes_mask
     def text(self, *, batch: int = 0, head: int = 0, width: int = 64) -> str:
         """The blocks as characters: full, partial, not listed. Wide masks are summed up.
 
@@ -435,8 +464,11 @@ class BlockMask:
         ·▒▒·
         ··▒▒
         """
-        return block_render.text(self.kinds()[batch, head], width)
+        if width < 1:
+            raise ArgumentError(f"BlockMask.text: width is {width}; it must be >= 1")
+        return block_render.text(self._table("text", batch, head), width)
 
+    @makes_mask
     def picture(
         self, path: Any = None, *, batch: int = 0, head: int = 0, title: str | None = None
     ) -> Any:
@@ -448,4 +480,14 @@ class BlockMask:
             head: head to draw.
             title: above the picture.
         """
-        return block_render.picture(self.kinds()[batch, head], path, title)
+        return block_render.picture(self._table("picture", batch, head), path, title)
+
+    def _table(self, method: str, batch: int, head: int) -> Tensor:
+        """int8 (blocks_q, blocks_k), the kinds of one batch entry and head."""
+        kinds = self.kinds()
+        for side, number, size in (("batch", batch, self.batch), ("head", head, self.heads)):
+            if not 0 <= number < size:
+                raise ArgumentError(
+                    f"BlockMask.{method}: {side} is {number}; it must be 0 to {size - 1}"
+                )
+        return kinds[batch, head]

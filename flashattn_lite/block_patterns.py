@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from flashattn_lite import _argument_types
-from flashattn_lite._argument_types import by_annotation
 from flashattn_lite._ops import ArgumentError
-from flashattn_lite.block_build import BlockSize, make_grid
+from flashattn_lite.block_build import BlockSize, make_grid, makes_mask
 from flashattn_lite.block_mask import BlockMask
 from flashattn_lite.block_primitives import (
     band,
@@ -54,7 +53,7 @@ __all__ = [
 # ---- local ---------------------------------------------------------------------------------------
 
 
-@by_annotation
+@makes_mask
 def sliding_window(
     seqlen: int, window: int, *, is_causal: bool = True, block_size: BlockSize = 128
 ) -> BlockMask:
@@ -77,7 +76,7 @@ def sliding_window(
     return band(seqlen, seqlen, window - 1, right, block_size=block_size)
 
 
-@by_annotation
+@makes_mask
 def dilated_window(
     seqlen: int, window: int, dilation: int, *, block_size: BlockSize = 128
 ) -> BlockMask:
@@ -96,7 +95,7 @@ def dilated_window(
     return offsets(seqlen, distance % dilation == 0, block_size=block_size)
 
 
-@by_annotation
+@makes_mask
 def chunked(seqlen: int, chunk: int, *, block_size: BlockSize = 128) -> BlockMask:
     """The tokens of the row's own chunk, up to itself: attention that starts anew every ``chunk``.
 
@@ -110,7 +109,7 @@ def chunked(seqlen: int, chunk: int, *, block_size: BlockSize = 128) -> BlockMas
     return documents(torch.arange(seqlen) // chunk, block_size=block_size)
 
 
-@by_annotation
+@makes_mask
 def streaming(seqlen: int, sinks: int, window: int, *, block_size: BlockSize = 128) -> BlockMask:
     """The first ``sinks`` tokens and the ``window`` nearest: attention sinks.
 
@@ -126,7 +125,7 @@ def streaming(seqlen: int, sinks: int, window: int, *, block_size: BlockSize = 1
     return seen | sliding_window(seqlen, window, block_size=block_size)
 
 
-@by_annotation
+@makes_mask
 def a_shape(seqlen: int, sinks: int, window: int, *, block_size: BlockSize = 128) -> BlockMask:
     """The first tokens and a window, in the large sizes of long-prompt prefill.
 
@@ -141,7 +140,7 @@ def a_shape(seqlen: int, sinks: int, window: int, *, block_size: BlockSize = 128
 # ---- global and local ----------------------------------------------------------------------------
 
 
-@by_annotation
+@makes_mask
 def longformer(
     seqlen: int,
     window: int,
@@ -174,7 +173,7 @@ def longformer(
     return seen & causal(seqlen, block_size=block_size) if is_causal else seen
 
 
-@by_annotation
+@makes_mask
 def bigbird(
     seqlen: int,
     *,
@@ -223,7 +222,7 @@ def bigbird(
 # ---- factorised ----------------------------------------------------------------------------------
 
 
-@by_annotation
+@makes_mask
 def strided(
     seqlen: int, stride: int, *, by_block: bool = False, block_size: BlockSize = 128
 ) -> BlockMask:
@@ -258,7 +257,7 @@ def strided(
     return mask & causal(seqlen, block_size=block_size)
 
 
-@by_annotation
+@makes_mask
 def fixed(seqlen: int, stride: int, summary: int, *, block_size: BlockSize = 128) -> BlockMask:
     """The row's own span of ``stride`` tokens, and the last ``summary`` tokens of earlier spans.
 
@@ -277,7 +276,7 @@ def fixed(seqlen: int, stride: int, summary: int, *, block_size: BlockSize = 128
     return (own | last) & causal(seqlen, block_size=block_size)
 
 
-@by_annotation
+@makes_mask
 def butterfly(
     seqlen: int, *, global_blocks: int = 0, is_causal: bool = False, block_size: BlockSize = 128
 ) -> BlockMask:
@@ -309,7 +308,7 @@ def butterfly(
 # ---- prompts and trees ---------------------------------------------------------------------------
 
 
-@by_annotation
+@makes_mask
 def prefix_lm(seqlen: int, prefix: int, *, block_size: BlockSize = 128) -> BlockMask:
     """Causal, but the first ``prefix`` tokens are seen by every row.
 
@@ -322,7 +321,7 @@ def prefix_lm(seqlen: int, prefix: int, *, block_size: BlockSize = 128) -> Block
     return seen | causal(seqlen, block_size=block_size)
 
 
-@by_annotation
+@makes_mask
 def vertical_slash(
     seqlen: int, verticals: Tensor, slashes: Tensor, *, block_size: BlockSize = 128
 ) -> BlockMask:
@@ -354,7 +353,7 @@ def vertical_slash(
     return (vertical & causal(seqlen, block_size=block_size)) | slash
 
 
-@by_annotation
+@makes_mask
 def tree(parents: Sequence[int], context: int, *, block_size: BlockSize = (16, 128)) -> BlockMask:
     """Drafted tokens in a tree after a context: each sees the context, its ancestors and itself.
 

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from flashattn_lite import block_build
-from flashattn_lite._argument_types import by_annotation
 from flashattn_lite._ops import ArgumentError
-from flashattn_lite.block_build import BlockSize, make_grid
+from flashattn_lite.block_build import BlockSize, make_grid, makes_mask
 from flashattn_lite.block_elements import DOCUMENTS, Rules
 from flashattn_lite.block_mask import BlockMask
 
 __all__ = ["band", "causal", "documents", "full", "key_columns", "offsets", "query_rows"]
 
 
-@by_annotation
+@makes_mask
 def band(
     seqlen_q: int,
     seqlen_k: int,
@@ -46,7 +45,7 @@ def band(
     return BlockMask(*block_build.band(make_grid(seqlen_q, seqlen_k, block_size), *sides))
 
 
-@by_annotation
+@makes_mask
 def full(seqlen_q: int, seqlen_k: int | None = None, *, block_size: BlockSize = 128) -> BlockMask:
     """Every key; a start for ``&``.
 
@@ -57,7 +56,7 @@ def full(seqlen_q: int, seqlen_k: int | None = None, *, block_size: BlockSize = 
     return band(seqlen_q, seqlen_k, None, None, block_size=block_size)
 
 
-@by_annotation
+@makes_mask
 def causal(seqlen: int, *, block_size: BlockSize = 128) -> BlockMask:
     """Keys up to the row's own.
 
@@ -67,7 +66,7 @@ def causal(seqlen: int, *, block_size: BlockSize = 128) -> BlockMask:
     return band(seqlen, seqlen, None, 0, block_size=block_size)
 
 
-@by_annotation
+@makes_mask
 def key_columns(seqlen_q: int, visible: Tensor, *, block_size: BlockSize = 128) -> BlockMask:
     """Chosen keys, for every row.
 
@@ -96,7 +95,7 @@ def key_columns(seqlen_q: int, visible: Tensor, *, block_size: BlockSize = 128) 
     )
 
 
-@by_annotation
+@makes_mask
 def query_rows(seqlen_k: int, seeing: Tensor, *, block_size: BlockSize = 128) -> BlockMask:
     """Every key, for chosen rows.
 
@@ -124,7 +123,7 @@ def query_rows(seqlen_k: int, seeing: Tensor, *, block_size: BlockSize = 128) ->
     )
 
 
-@by_annotation
+@makes_mask
 def offsets(seqlen: int, visible: Tensor, *, block_size: BlockSize = 128) -> BlockMask:
     """Keys at chosen distances before the row: row i sees key j iff ``visible[i - j]``, j <= i.
 
@@ -160,7 +159,7 @@ def offsets(seqlen: int, visible: Tensor, *, block_size: BlockSize = 128) -> Blo
     )
 
 
-@by_annotation
+@makes_mask
 def documents(ids: Tensor, *, is_causal: bool = True, block_size: BlockSize = 128) -> BlockMask:
     """Tokens of several documents packed into one sequence see their own document.
 

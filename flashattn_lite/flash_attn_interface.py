@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashattn_lite import _argument_types, inspection
-from flashattn_lite._ops import ArgumentError
+from flashattn_lite import _argument_types, _checks, inspection
+from flashattn_lite._ops import ArgumentError, renamed
 from flashattn_lite.attention import (
     UNBOUNDED,
     attention,
@@ -97,6 +97,8 @@ def _attend(
         dropout_p = _argument_types.number(name, "dropout_p", dropout_p)
         softcap = _argument_types.number(name, "softcap", softcap)
         return_attn_probs = _argument_types.flag(name, "return_attn_probs", return_attn_probs)
+    if not (softmax_scale is None or type(softmax_scale) is float):
+        softmax_scale = _argument_types.number(name, "softmax_scale", softmax_scale)
     if (
         window is UNBOUNDED
         and alibi_slopes is None
@@ -129,6 +131,23 @@ def _attend(
     probabilities = inspection.signed_probabilities(q, k, v, **options)
     more_q, more_k = max_seqlen_q - probabilities.shape[2], max_seqlen_k - probabilities.shape[3]
     return out, lse, pad(probabilities, (0, max(0, more_k), 0, max(0, more_q)))
+
+
+# What the packed functions call the arguments that errors are about.
+_KV = {"k and v": "kv", "k": "kv", "v": "kv"}
+_ONE_LENGTH = {
+    **{"cu_seqlens_q": "cu_seqlens", "cu_seqlens_k": "cu_seqlens"},
+    **{"max_seqlen_q": "max_seqlen", "max_seqlen_k": "max_seqlen"},
+}
+_QKV = {"k and v": "qkv", "q": "qkv", "k": "qkv", "v": "qkv"} | _ONE_LENGTH
+
+
+def _attend_packed(words: dict[str, str], *arguments: Any, **lengths: Any) -> Result:
+    """``_attend``, whose errors say what the caller said."""
+    try:
+        return _attend(*arguments, **lengths)
+    except (ArgumentError, TypeError) as error:
+        raise renamed(error, words) from None
 
 
 def flash_attn_func(
@@ -214,7 +233,8 @@ def flash_attn_qkvpacked_func(
     torch.Size([1, 4, 2, 8])
     """
     q, k, v = _unpacked("flash_attn_qkvpacked_func", "qkv", qkv, 5, 3)
-    return _attend(
+    return _attend_packed(
+        _QKV,
         "flash_attn_qkvpacked_func",
         (q, k, v),
         (causal, window_size, softmax_scale, softcap, alibi_slopes, block_mask),
@@ -242,7 +262,8 @@ def flash_attn_kvpacked_func(
     torch.Size([1, 4, 2, 8])
     """
     k, v = _unpacked("flash_attn_kvpacked_func", "kv", kv, 5, 2)
-    return _attend(
+    return _attend_packed(
+        _KV,
         "flash_attn_kvpacked_func",
         (q, k, v),
         (causal, window_size, softmax_scale, softcap, alibi_slopes, block_mask),
@@ -305,9 +326,8 @@ def flash_attn_varlen_func(
     if block_table is None:
         lengths |= {"cu_seqlens_k": cu_seqlens_k, "max_seqlen_k": max_seqlen_k}
     else:
-        _argument_types.dense("flash_attn_varlen_func", cu_seqlens_k=cu_seqlens_k)
-        lengths |= {"block_table": block_table, "seqused_k": cu_seqlens_k.diff()}
-        lengths |= {"max_seqlen_k": max_seqlen_k}
+        lengths |= {"block_table": block_table, "max_seqlen_k": max_seqlen_k}
+        lengths |= {"seqused_k": _lengths_of_paged(cu_seqlens_k, max_seqlen_k)}
     return _attend(
         "flash_attn_varlen_func",
         (q, k, v),
@@ -315,6 +335,21 @@ def flash_attn_varlen_func(
         (dropout_p, deterministic, return_attn_probs),
         **lengths,
     )
+
+
+def _lengths_of_paged(cu_seqlens_k: Tensor, max_seqlen_k: Any) -> Tensor:
+    """seqused_k; what attention checks in cu_seqlens_k, it does not see here."""
+    name = "flash_attn_varlen_func"
+    _argument_types.dense(name, cu_seqlens_k=cu_seqlens_k)
+    if cu_seqlens_k.dtype is not torch.int32 or cu_seqlens_k.dim() != 1 or not len(cu_seqlens_k):
+        raise ArgumentError(
+            f"{name}: cu_seqlens_k is {cu_seqlens_k.dtype} of shape {tuple(cu_seqlens_k.shape)}; "
+            "it must be int32, (batch + 1,)"
+        )
+    lengths = cu_seqlens_k.diff()
+    if cu_seqlens_k.is_cpu and type(cu_seqlens_k) is Tensor and not torch.compiler.is_compiling():
+        _checks.check_offsets(name, "k", cu_seqlens_k, max_seqlen_k)
+    return lengths
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -339,7 +374,8 @@ def flash_attn_varlen_qkvpacked_func(
     torch.Size([7, 2, 8])
     """
     q, k, v = _unpacked("flash_attn_varlen_qkvpacked_func", "qkv", qkv, 4, 3)
-    return _attend(
+    return _attend_packed(
+        _QKV,
         "flash_attn_varlen_qkvpacked_func",
         (q, k, v),
         (causal, window_size, softmax_scale, softcap, alibi_slopes, block_mask),
@@ -377,7 +413,8 @@ def flash_attn_varlen_kvpacked_func(
     torch.Size([7, 2, 8])
     """
     k, v = _unpacked("flash_attn_varlen_kvpacked_func", "kv", kv, 4, 2)
-    return _attend(
+    return _attend_packed(
+        _KV,
         "flash_attn_varlen_kvpacked_func",
         (q, k, v),
         (causal, window_size, softmax_scale, softcap, alibi_slopes, block_mask),

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from flashattn_lite import _checks, reference
+from flashattn_lite import _argument_types, _checks, reference
+from flashattn_lite.attention import UNBOUNDED, window_sides
 
 __all__ = ["attention_weights", "signed_probabilities"]
 
@@ -42,9 +43,24 @@ def attention_weights(
     bias = options.get("bias")
     if isinstance(bias, Tensor):
         options["bias"] = bias[(None,) * (4 - bias.dim())]
+    _normalise("attention_weights", options)
     _checks.check("attention_weights", q, k, values, options)
     weights = reference.attention_weights(q, k, values, **options)
     return weights.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+
+
+def _normalise(name: str, options: reference.Options) -> None:
+    """The reference takes numbers as they are, and looks at no option that it does not know."""
+    unknown = set(options) - set(reference.Options.__annotations__)
+    if unknown:
+        raise TypeError(
+            f"{name}: {min(unknown)} is no option; see flashattn_lite.reference.Options"
+        )
+    causal = _argument_types.flag(name, "causal", options.get("causal"))
+    options["window"] = window_sides(options.get("window", UNBOUNDED), causal, name)
+    for argument in ("softcap", "dropout_p", "softmax_scale"):
+        if options.get(argument) is not None:
+            options[argument] = _argument_types.number(name, argument, options[argument])
 
 
 def signed_probabilities(

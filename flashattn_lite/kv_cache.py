@@ -71,14 +71,35 @@ def append_kv_cache(
     >>> cache[0, :, 0, 0].tolist()
     [0.0, 0.0, 1.0, 0.0]
     """
+    _argument_types.tensors(name, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens)
+    for argument, rows in (("k", k), ("v", v)):
+        if not isinstance(rows, Tensor) or rows.is_nested or rows.layout is not torch.strided:
+            _argument_types.dense(name, **{argument: rows})
+    if type(rotary_interleaved) is not bool:
+        rotary_interleaved = _argument_types.flag(name, "rotary_interleaved", rotary_interleaved)
     k, v = _unit_last(k), _unit_last(v)
+    if k_cache.is_neg() or v_cache.is_neg():
+        raise ArgumentError(
+            f"{name}: {'k_cache' if k_cache.is_neg() else 'v_cache'} is a view that torch negates "
+            "when it is read; call .resolve_neg() on it"
+        )
     longest = k.shape[0] if max_seqlen is None else max_seqlen
+    if type(longest) is not int:
+        longest = _argument_types.index(name, "max_seqlen", longest)
     try:
         _ops.append_kv(
-            *(k, v, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens, longest),
+            *(k.resolve_neg(), v.resolve_neg(), k_cache, v_cache),
+            *(cache_seqlens, block_table, cu_seqlens, longest),
             *(k_scale, v_scale, rotary_cos, rotary_sin, rotary_interleaved),
         )
     except RuntimeError as error:
+        given = _argument_types.given(
+            **{"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache},
+            **{"cache_seqlens": cache_seqlens, "block_table": block_table},
+            **{"cu_seqlens": cu_seqlens, "k_scale": k_scale, "v_scale": v_scale},
+            **{"rotary_cos": rotary_cos, "rotary_sin": rotary_sin},
+        )
+        _argument_types.dense(name, **given)
         raise _ops.argument_error(error, name) from None
 
 
@@ -104,15 +125,19 @@ def rotate(
             *(interleaved, advance),
         )
     except RuntimeError as error:
-        raise _ops.argument_error(error, name) from None
+        words = {"x": "q", "offsets": "cache_seqlens"}
+        raise _ops.renamed(_ops.argument_error(error, name), words) from None
     return rotated
 
 
 def _unit_last(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t.dim() == 0 or t.stride(-1) == 1 else t.contiguous()
 
 
 def _lengths(cache_seqlens: Any, q: Tensor) -> Tensor | None:
+    if isinstance(cache_seqlens, Tensor) and cache_seqlens.dtype is not torch.int32:
+        dtype = str(cache_seqlens.dtype).removeprefix("torch.")
+        raise ArgumentError(f"{_NAME}: cache_seqlens is {dtype}; it must be int32")
     if cache_seqlens is None or isinstance(cache_seqlens, Tensor):
         return cache_seqlens
     length = _argument_types.index(_NAME, "cache_seqlens", cache_seqlens)

@@ -121,9 +121,13 @@ def flash_attn_combine(
     _argument_types.dense(
         name, out_partial=out_partial, lse_partial=lse_partial, **_argument_types.given(out=out)
     )
-    _check_dtypes(name, out_partial=out_partial, lse_partial=lse_partial)
+    _check_dtypes(
+        name, out_partial=out_partial, lse_partial=lse_partial, **_argument_types.given(out=out)
+    )
     if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
         raise TypeError(f"{name}: out_dtype is {out_dtype!r}; it must be a torch.dtype")
+    if out_dtype is not None and not out_dtype.is_floating_point:
+        raise ArgumentError(f"{name}: out_dtype is {out_dtype}; it must be floating-point")
     if out_partial.dim() not in (4, 5) or lse_partial.shape != out_partial.shape[:-1]:
         raise ArgumentError(
             f"flash_attn_combine: out_partial has shape {tuple(out_partial.shape)} and lse_partial "

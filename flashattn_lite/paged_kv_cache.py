@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashattn_lite import _argument_types
 from flashattn_lite._ops import ArgumentError
 from flashattn_lite.attention import attention
 from flashattn_lite.kv_cache import append_kv_cache
@@ -68,32 +69,30 @@ class PagedKVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        for argument, value in (
-            ("num_pages", num_pages),
-            ("page_size", page_size),
-            ("heads_k", heads_k),
-            ("num_layers", num_layers),
-        ):
-            if value < 1:
-                raise ArgumentError(f"PagedKVCache: {argument} is {value}; it must be >= 1")
         head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        for argument, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
-            if not 1 <= value <= 576:
-                raise ArgumentError(f"PagedKVCache: {argument} is {value}; it must be 1 to 576")
+        sizes = {
+            **{"num_layers": num_layers, "num_pages": num_pages, "page_size": page_size},
+            **{"heads_k": heads_k, "head_dim": head_dim, "head_dim_v": head_dim_v},
+        }
+        for argument, value in sizes.items():
+            sizes[argument] = _argument_types.index("PagedKVCache", argument, value)
+            most = 576 if argument.startswith("head_dim") else 2**31 - 1
+            if not 1 <= value <= most:
+                raise ArgumentError(f"PagedKVCache: {argument} is {value}; it must be 1 to {most}")
+        *shape, head_dim, head_dim_v = sizes.values()
         if dtype not in (torch.float32, torch.float16, torch.bfloat16, *_QUANTISED):
             raise ArgumentError(
                 f"PagedKVCache: dtype is {dtype}; it must be float32, float16, bfloat16, int8 or "
                 "float8_e4m3fn"
             )
-        shape = (num_layers, num_pages, page_size, heads_k)
         self.k = torch.zeros((*shape, head_dim), dtype=dtype, device=device)
         self.v = torch.zeros((*shape, head_dim_v), dtype=dtype, device=device)
         self.k_scale = self.v_scale = None
         if dtype in _QUANTISED:
-            self.k_scale = torch.zeros(shape, device=device)
-            self.v_scale = torch.zeros(shape, device=device)
-        self._references = [0] * num_pages
-        self._free = list(reversed(range(num_pages)))
+            self.k_scale = torch.zeros(shape, dtype=torch.float32, device=device)
+            self.v_scale = torch.zeros(shape, dtype=torch.float32, device=device)
+        self._references = [0] * self.num_pages
+        self._free = list(reversed(range(self.num_pages)))
         self._pages: dict[int, list[int]] = {}
         self._lengths: dict[int, int] = {}
         self._next = 0
@@ -126,11 +125,15 @@ class PagedKVCache:
 
     def references(self, page: int) -> int:
         """How many sequences hold a page."""
+        if not 0 <= _argument_types.index("PagedKVCache.references", "page", page) < self.num_pages:
+            raise ArgumentError(
+                f"PagedKVCache.references: page is {page}; it must be 0 to {self.num_pages - 1}"
+            )
         return self._references[page]
 
     def block_table(self, sequences: Sequence[int]) -> Tensor:
         """int32 (batch, longest in pages); unused entries are 0."""
-        rows = [self._pages[self._known(s)] for s in sequences]
+        rows = [self._pages[s] for s in self._all_known(sequences)]
         longest = max((len(row) for row in rows), default=0)
         padded = [row + [0] * (longest - len(row)) for row in rows]
         table = torch.tensor(padded, dtype=torch.int32).reshape(len(rows), longest)
@@ -138,7 +141,7 @@ class PagedKVCache:
 
     def lengths(self, sequences: Sequence[int]) -> Tensor:
         """int32 (batch)."""
-        values = [self.length(s) for s in sequences]
+        values = [self._lengths[s] for s in self._all_known(sequences)]
         return torch.tensor(values, dtype=torch.int32, device=self.k.device)
 
     # ---- sequences ------------------------------------------------------------------------------
@@ -162,10 +165,11 @@ class PagedKVCache:
 
     def truncate(self, sequence: int, length: int) -> None:
         """Drops the tokens from `length` on, e.g. those of a draft that was refused."""
+        length = _argument_types.index("PagedKVCache.truncate", "length", length)
         if not 0 <= length <= self.length(sequence):
             raise ArgumentError(
                 f"PagedKVCache.truncate: length is {length}; sequence {sequence} has "
-                f"{self.length(sequence)} tokens"
+                f"{self.length(sequence)} tokens, and it must be 0 to that"
             )
         pages = self._pages[sequence]
         while len(pages) > -(-length // self.page_size):
@@ -174,9 +178,10 @@ class PagedKVCache:
 
     def pages_needed(self, sequences: Sequence[int], counts: Sequence[int]) -> int:
         """Free pages that ``extend`` with the same arguments would take, copies included."""
+        sequences, counts = self._counted("pages_needed", sequences, counts)
         fresh, writers = 0, Counter[int]()
         for sequence, count in zip(sequences, counts, strict=True):
-            pages, length = self._pages[self._known(sequence)], self._lengths[sequence]
+            pages, length = self._pages[sequence], self._lengths[sequence]
             fresh += -(-(length + count) // self.page_size) - len(pages)
             if count > 0 and length % self.page_size:
                 writers[pages[-1]] += 1
@@ -190,12 +195,10 @@ class PagedKVCache:
             OutOfPagesError: when the pool has too few pages for all of them together; then nothing
                 has changed.
         """
+        sequences, counts = self._counted("extend", sequences, counts)
         if len(set(sequences)) != len(sequences):
-            raise ArgumentError(f"PagedKVCache.extend: a sequence is named twice in {sequences}")
-        if len(sequences) != len(counts) or min(counts, default=0) < 0:
             raise ArgumentError(
-                f"PagedKVCache.extend: counts is {list(counts)}; it must hold a number >= 0 for "
-                f"each of {len(sequences)} sequences"
+                f"PagedKVCache.extend: sequences is {sequences}; none must be named twice"
             )
         needed = self.pages_needed(sequences, counts)
         if needed > self.free_pages:
@@ -237,7 +240,8 @@ class PagedKVCache:
             rotary_sin: like rotary_cos.
             rotary_interleaved: as in ``append_kv_cache``.
         """
-        new: Tensor | int = k.shape[1] if cu_seqlens is None else cu_seqlens.diff()
+        sequences, layer = self._all_known(sequences), self._layer("write", layer)
+        new = self._new_rows("PagedKVCache.write", k, v, cu_seqlens, len(sequences))
         append_kv_cache(
             k,
             v,
@@ -257,8 +261,10 @@ class PagedKVCache:
         """``extend`` by k's rows and ``write`` them: for caches of one layer. If it raises, the
         sequences are as long as before."""
         cu_seqlens: Tensor | None = options.get("cu_seqlens")
-        counts = [k.shape[1]] * len(sequences) if cu_seqlens is None else cu_seqlens.diff().tolist()
-        before = [self.length(s) for s in sequences]
+        sequences = self._all_known(sequences)
+        new = self._new_rows("PagedKVCache.append", k, v, cu_seqlens, len(sequences))
+        counts = new.tolist() if isinstance(new, Tensor) else [new] * len(sequences)
+        before = [self._lengths[s] for s in sequences]
         self.extend(sequences, counts)
         try:
             self.write(sequences, k, v, **options)
@@ -270,6 +276,7 @@ class PagedKVCache:
     def attend(self, sequences: Sequence[int], q: Tensor, *, layer: int = 0, **options: Any) -> Any:
         """``attention`` of q (batch, seqlen_q, heads_q, head_dim), or (total_q, heads_q, head_dim)
         with cu_seqlens_q, over the sequences; its options and results."""
+        layer = self._layer("attend", layer)
         more: dict[str, Any] = {"name": "PagedKVCache.attend"} | self._scales(layer) | options
         return attention(
             q,
@@ -292,6 +299,7 @@ class PagedKVCache:
         """Attention of trees of draft tokens: the last seqlen_q tokens of each sequence are the
         nodes, in q's order; ``truncate`` and ``append`` then keep the path that was accepted. See
         ``tree_attention`` for tree_mask, the options and the results."""
+        layer = self._layer("attend_tree", layer)
         more: dict[str, Any] = {"name": "PagedKVCache.attend_tree"} | self._scales(layer) | options
         return tree_attention(
             *(q, self.k[layer], self.v[layer], tree_mask),
@@ -303,8 +311,8 @@ class PagedKVCache:
     def shared_prefix(self, sequences: Sequence[int]) -> int:
         """Tokens at the start that all sequences have in the same pages: a multiple of
         page_size, at most every one's length."""
-        pages = 0
-        for column in zip(*(self.pages(s) for s in sequences), strict=False):
+        sequences, pages = self._all_known(sequences), 0
+        for column in zip(*(self._pages[s] for s in sequences), strict=False):
             if len(set(column)) > 1:
                 break
             pages += 1
@@ -333,17 +341,25 @@ class PagedKVCache:
                 f"PagedKVCache.attend_cascade: {', '.join(sorted(unknown))} cannot be used here; "
                 "use attend"
             )
+        name = "PagedKVCache.attend_cascade"
+        _argument_types.dense(name, q=q)
+        sequences, layer = self._all_known(sequences), self._layer("attend_cascade", layer)
+        if q.dim() != 4 or q.shape[0] != len(sequences):
+            raise ArgumentError(
+                f"{name}: q has shape {tuple(q.shape)}; it must be (batch, seqlen_q, heads_q, "
+                f"head_dim) for {len(sequences)} sequences"
+            )
         batch, seqlen_q, heads_q, head_dim = q.shape
         prefix = self.shared_prefix(sequences)
         shortest = min((self.length(s) for s in sequences), default=0)
         if options.get("causal", False):
             prefix = max(0, min(prefix, shortest - seqlen_q)) // self.page_size * self.page_size
         if prefix == 0:
-            return self.attend(sequences, q, layer=layer, return_lse=True, **options)  # type: ignore[no-any-return]
+            return self.attend(sequences, q, layer=layer, return_lse=True, name=name, **options)  # type: ignore[no-any-return]
         first = prefix // self.page_size
         table, lengths = self.block_table(sequences), self.lengths(sequences)
         cache = (self.k[layer], self.v[layer])
-        more: dict[str, Any] = {"return_lse": True, "name": "PagedKVCache.attend_cascade"}
+        more: dict[str, Any] = {"return_lse": True, "name": name}
         more |= self._scales(layer) | options
         out_prefix, lse_prefix = attention(
             q.reshape(1, batch * seqlen_q, heads_q, head_dim),
@@ -367,9 +383,70 @@ class PagedKVCache:
     # ---- pages ----------------------------------------------------------------------------------
 
     def _known(self, sequence: int) -> int:
-        if sequence not in self._pages:
-            raise ArgumentError(f"PagedKVCache: there is no sequence {sequence}")
+        try:
+            known = sequence in self._pages
+        except TypeError:  # a list, say
+            known = False
+        if not known:
+            raise ArgumentError(
+                f"PagedKVCache: there is no sequence {sequence!r}; a sequence is what create or "
+                "fork returned"
+            )
         return sequence
+
+    def _all_known(self, sequences: Sequence[int]) -> list[int]:
+        try:
+            return [self._known(s) for s in sequences]
+        except TypeError:
+            raise TypeError(
+                f"PagedKVCache: sequences is {sequences!r}; it must be a list of what create or "
+                "fork returned"
+            ) from None
+
+    def _counted(
+        self, method: str, sequences: Sequence[int], counts: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """Both as lists of the same length."""
+        sequences, name = self._all_known(sequences), f"PagedKVCache.{method}"
+        try:
+            numbers = [_argument_types.index(name, "counts", count) for count in counts]
+        except TypeError as error:
+            if str(error).startswith(name):
+                raise
+            raise TypeError(f"{name}: counts is {counts!r}; it must be a list of ints") from None
+        if len(sequences) != len(numbers) or min(numbers, default=0) < 0:
+            raise ArgumentError(
+                f"{name}: counts is {numbers}; it must hold a number >= 0 for each of "
+                f"{len(sequences)} sequences"
+            )
+        return sequences, numbers
+
+    @staticmethod
+    def _new_rows(
+        name: str, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, batch: int
+    ) -> Tensor | int:
+        """How many each sequence gets: one number for all, or int32 (batch)."""
+        _argument_types.dense(name, k=k, v=v, **_argument_types.given(cu_seqlens=cu_seqlens))
+        if cu_seqlens is None:
+            if k.dim() != 4 or k.shape[0] != batch:
+                raise ArgumentError(
+                    f"{name}: k has shape {tuple(k.shape)}; it must be (batch, new, heads_k, "
+                    f"head_dim) for {batch} sequences"
+                )
+            return k.shape[1]
+        if cu_seqlens.dtype is not torch.int32 or tuple(cu_seqlens.shape) != (batch + 1,):
+            raise ArgumentError(
+                f"{name}: cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; it "
+                f"must be int32, ({batch + 1},), for {batch} sequences"
+            )
+        return cu_seqlens.diff()
+
+    def _layer(self, method: str, layer: int) -> int:
+        name, layers = f"PagedKVCache.{method}", self.k.shape[0]
+        layer = _argument_types.index(name, "layer", layer)
+        if not 0 <= layer < layers:
+            raise ArgumentError(f"{name}: layer is {layer}; it must be 0 to {layers - 1}")
+        return layer
 
     def _add(self, pages: list[int], length: int) -> int:
         sequence, self._next = self._next, self._next + 1

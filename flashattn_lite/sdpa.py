@@ -20,12 +20,18 @@ from torch import Tensor
 
 from flashattn_lite import _argument_types
 from flashattn_lite._masks import TOP_LEFT_CAUSAL, MaskOptions, band_options, mask_options
-from flashattn_lite._ops import ArgumentError
+from flashattn_lite._ops import ArgumentError, renamed
 from flashattn_lite.attention import attention, autocasts, plain_attention
 
 __all__ = ["SdpaCalls", "scaled_dot_product_attention", "use_as_sdpa"]
 
 _NAME = "scaled_dot_product_attention"
+
+# What torch calls the arguments that errors are about.
+_TORCH_WORDS = {
+    **{"q": "query", "k": "key", "v": "value", "bias": "attn_mask"},
+    "softmax_scale": "scale",
+}
 
 
 def scaled_dot_product_attention(
@@ -81,7 +87,7 @@ def scaled_dot_product_attention(
                 and (not is_causal or q_shape[2] == k_shape[2])
             ):
                 return plain_attention(_NAME, query, key, value, scale, is_causal, False, True)
-        except (AttributeError, IndexError, TypeError, RuntimeError):
+        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
             pass  # what follows says what is wrong
     if type(dropout_p) is not float:
         dropout_p = _argument_types.number(_NAME, "dropout_p", dropout_p)
@@ -109,15 +115,18 @@ def scaled_dot_product_attention(
         k, v = k[:, :, :keys], v[:, :, :keys]
     if dropout_p == 1.0:
         v, dropout_p = v * 0.0, 0.0  # everything is dropped
-    out = attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        softmax_scale=scale,
-        dropout_p=dropout_p,
-        name=_NAME,
-        **options,
-    )
+    try:
+        out = attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            softmax_scale=scale,
+            dropout_p=dropout_p,
+            name=_NAME,
+            **options,
+        )
+    except (ArgumentError, TypeError) as error:
+        raise renamed(error, _TORCH_WORDS) from None
     assert isinstance(out, Tensor)
     out = out.transpose(1, 2)
     if query.dim() == 4 and lead == out.shape[:1]:
@@ -186,7 +195,10 @@ def _four_dimensional(
         )
     except RuntimeError:
         shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, value))
-        raise ArgumentError(f"{_NAME}: shapes {shapes} do not broadcast to one batch") from None
+        raise ArgumentError(
+            f"{_NAME}: query, key and value have shapes {shapes}, which do not broadcast to one "
+            "batch; all but their last three sizes must"
+        ) from None
     q, k, v = (t.expand(*lead, *t.shape[-3:]).reshape(lead.numel(), *t.shape[-3:]) for t in tensors)
     return q, k, v, lead
 
@@ -200,7 +212,8 @@ def _match_heads(
         for name, heads in (("key", heads_k), ("value", heads_v)):
             if heads == 0 or heads_q % heads:
                 raise ArgumentError(
-                    f"{_NAME}: {name} has {heads} heads, which do not divide query's {heads_q}"
+                    f"{_NAME}: {name} has {heads} heads, which do not divide query's {heads_q}; "
+                    "they must"
                 )
         if heads_k != heads_v:  # torch repeats each on its own
             k = k.repeat_interleave(heads_q // heads_k, 1)
@@ -273,12 +286,15 @@ _torch_sdpa: Any = torch.nn.functional.scaled_dot_product_attention
 def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
     """Why a call cannot run here, for reasons that lie in torch rather than in the arguments."""
     mask = query if attn_mask is None else attn_mask
+    if not all(isinstance(t, Tensor) for t in (query, key, value, mask)):
+        return None  # a TypeError either way
     if query.is_nested or key.is_nested or value.is_nested or mask.is_nested:
         return "nested tensors"
     tensors = query, key, value, mask
     if torch.overrides.has_torch_function(tensors):
         kinds = sorted({type(t).__name__ for t in tensors} - {"Tensor", "Parameter"})
-        return f"tensor subclass {', '.join(kinds)}"
+        if kinds:  # else it is a mode, such as torch.device's as a context
+            return f"tensor subclass {', '.join(kinds)}"
     if not (query.is_cpu or query.is_cuda):
         return f"device {query.device.type}"
     if torch._C._functorch.maybe_current_level():

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashattn_lite._ops import ArgumentError
+from flashattn_lite import _argument_types
+from flashattn_lite._ops import ArgumentError, renamed
 from flashattn_lite.attention import attention
 from flashattn_lite.merge import merge_attention_states
 
@@ -36,6 +37,10 @@ def ancestor_mask(parents: Tensor) -> Tensor:
     >>> ancestor_mask(torch.tensor([-1, 0, 0, 1])).int().tolist()
     [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
     """
+    _argument_types.dense("ancestor_mask", parents=parents)
+    if parents.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64):
+        raise ArgumentError(f"ancestor_mask: parents is {parents.dtype}; it must be of integers")
+    parents = parents.long()
     nodes = parents.shape[-1] if parents.dim() else 0
     order = torch.arange(nodes, device=parents.device)
     if parents.dim() < 1 or bool(((parents < -1) | (parents >= order)).any()):
@@ -141,7 +146,9 @@ def tree_attention(
     >>> tree_attention(torch.randn(1, 3, 2, 8), cache, cache, mask, seqused_k=used).shape
     torch.Size([1, 3, 2, 8])
     """
+    _argument_types.dense(name, q=q, tree_mask=tree_mask, seqused_k=seqused_k)
     check_tree(tree_mask, q, name)
+    return_lse = _argument_types.flag(name, "return_lse", return_lse)
     batch, tokens = q.shape[:2]
     scales = {"k_scale": k_scale, "v_scale": v_scale}
     common: dict[str, Any] = {
@@ -150,13 +157,17 @@ def tree_attention(
     }
     cache: dict[str, Any] = {"block_table": block_table, "leftpad_k": leftpad_k, **scales}
     # Every argument is checked over the whole length before keys are taken by hand below.
-    attention(
-        *(q, k_cache, v_cache),
-        seqused_k=seqused_k,
-        seqused_q=torch.zeros_like(seqused_k),
-        sinks=sinks,
-        **cache | common,
-    )
+    try:
+        attention(
+            *(q, k_cache, v_cache),
+            seqused_k=seqused_k,
+            seqused_q=torch.zeros_like(seqused_k),
+            sinks=sinks,
+            **cache | common,
+        )
+    except (ArgumentError, TypeError) as error:
+        words = {"k": "k_cache", "v": "v_cache", "seqused_q": "seqused_k"}
+        raise renamed(error, words) from None
     check_lengths(seqused_k, leftpad_k, tokens, name)
     prefix = seqused_k - tokens
     before = attention(*(q, k_cache, v_cache), seqused_k=prefix, sinks=sinks, **cache | common)
@@ -173,7 +184,8 @@ def tree_attention(
         return t[block, row]
 
     hidden = ~tree_mask.reshape(-1, 1, tokens, tokens)
-    bias = torch.zeros(hidden.shape, device=q.device).masked_fill(hidden, -math.inf)
+    bias = torch.zeros(hidden.shape, dtype=torch.float32, device=q.device)
+    bias = bias.masked_fill_(hidden, -math.inf)
     common |= {n: None if scale is None else taken(scale) for n, scale in scales.items()}
     nodes = attention(*(q, taken(k_cache), taken(v_cache)), bias=bias, **common)
     out, lse = merge_attention_states(*before, *nodes)

@@ -279,6 +279,27 @@ def test_a_mask_of_another_type_is_refused() -> None:
         attention(Q, K, K, block_mask=torch.ones(64, 64).bool())  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: m & 3, "unsupported operand type"),
+        (lambda m: m | torch.ones(1), "unsupported operand type"),
+        (lambda m: m.to_dense("x"), "seqlen_q is 'x'; it must be an int"),
+        (lambda m: m.to_dense(-1), "seqlen_q is -1; it must be >= 0"),
+        (lambda m: m.text(head=1), "head is 1; it must be 0 to 0"),
+        (lambda m: m.text(width=0), "width is 0; it must be >= 1"),
+        (lambda m: m.flops("8"), "head_dim is '8'; it must be an int"),
+        (lambda m: BlockMask.from_predicate(m, 64), "predicate is BlockMask"),
+        (lambda m: BlockMask.from_predicate(lambda *_: torch.ones(3), 64), "predicate gave shape"),
+        (lambda m: patterns.prefix_lm(-1, 2), "prefix_lm: seqlen is -1; it must be >= 0"),
+        (lambda m: patterns.full(2**31), "seqlen_q is 2147483648; it must be 0 to 2"),
+    ],
+)
+def test_methods_and_patterns_name_what_they_refuse(call: Any, words: str) -> None:
+    with pytest.raises((TypeError, ArgumentError), match=words):
+        call(patterns.causal(64, block_size=16))
+
+
 def test_corrupt_contents_are_refused() -> None:
     """No content of the packed mask can make a kernel read outside it."""
     mask = patterns.streaming(64, 4, 20, block_size=16)

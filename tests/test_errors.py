@@ -129,6 +129,9 @@ BAD: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (attention, qkv(softcap=-1.0), "softcap is -1; it must be >= 0"),
     (attention, qkv(softcap=float("nan")), "softcap is nan; it must be >= 0"),
     (attention, qkv(softmax_scale=float("inf")), "softmax_scale is inf; it must be finite"),
+    (attention, qkv(softmax_scale=1e39), "softmax_scale is 1e+39; it must be finite in float32"),
+    (attention, qkv(softcap=1e39), "softcap is 1e+39; it must be 0 (off) or 1e-30 to 1e30"),
+    (attention, qkv(softcap=1e-46), "softcap is 1e-46; it must be 0 (off) or 1e-30 to 1e30"),
     (attention, qkv(window=(-2, 0)), "window is (-2, 0); a side must be >= 0, or None or -1"),
 ]
 
@@ -166,6 +169,8 @@ def test_the_reference_path_refuses_the_same(arguments: dict[str, Any], text: st
         "bias is float64",
         "alibi_slopes is float16",
         "max_seqlen_q is 31",
+        "finite in float32",
+        "0 (off) or",
     )
     if any(part in text for part in legal):
         attention(**arguments, backend="reference")

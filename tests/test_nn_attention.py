@@ -196,6 +196,23 @@ def test_attention_refuses_what_it_cannot_do() -> None:
         module(torch.zeros(2, 3, 5))
     with pytest.raises(ArgumentError, match=r"position_ids has shape \(2,\); it must be \(2, 3\)"):
         module(x, position_ids=torch.zeros(2))
+    for name, value in (
+        *(("norm_eps", "x"), ("norm_eps", -1.0), ("rotary_base", 0), ("softcap", float("nan"))),
+        *(("softmax_scale", "x"), ("window", 3), ("window", (-2, 0)), ("out_bias", "no")),
+    ):
+        with pytest.raises((TypeError, ArgumentError), match=f"{name} is .*; (it|a side) must be"):
+            fal_nn.Attention(E, H, **{name: value})
+    with torch.no_grad():
+        with pytest.raises(TypeError, match="cache is 3; it must be a KVCache"):
+            module(x, cache=3)
+        with pytest.raises(ArgumentError, match=r"cache\.k has shape"):
+            module(x, cache=fal_nn.KVCache.empty(batch=2, capacity=4, heads_kv=3, head_dim=8))
+        with pytest.raises(ArgumentError, match=r"position_ids is torch\.bool; it must be int64"):
+            module(x, position_ids=torch.ones(2, 3, dtype=torch.bool))
+        with pytest.raises(ArgumentError, match=r"seqlens\[1\] is 9; it must be 0 to 3"):
+            module(x, seqlens=torch.tensor([1, 9], dtype=torch.int32))
+    with pytest.raises(ArgumentError, match="capacity is -1; it must be 0 to"):
+        fal_nn.KVCache.empty(batch=2, capacity=-1, heads_kv=2, head_dim=8)
     with pytest.raises(TypeError, match=r"seqlens is 3; it must be a torch.Tensor"):
         module(x, seqlens=3)
 

@@ -233,5 +233,26 @@ def test_errors() -> None:
         fal.PagedKVCache(2, 0, 1, 8)
     with pytest.raises(fal.ArgumentError, match="head_dim is 577; it must be 1 to 576"):
         fal.PagedKVCache(2, 4, 1, 577, 512)
+    cache.extend([sequence], [2])
+    row, used = torch.zeros(1, 1, 1, 8), cache.lengths([sequence])
+    for call, words in (
+        (lambda: fal.PagedKVCache("x", 4, 1, 8), "num_pages is 'x'; it must be an int"),
+        (lambda: fal.PagedKVCache(2.5, 4, 1, 8), "num_pages is 2.5; it must be an int"),
+        (lambda: cache.fork([sequence]), r"no sequence \[0\]; a sequence is what create or fork"),
+        (lambda: cache.lengths(sequence), "sequences is 0; it must be a list"),
+        (lambda: cache.extend([sequence], None), "counts is None; it must be a list of ints"),
+        (lambda: cache.extend([sequence], [0.5]), "counts is 0.5; it must be an int"),
+        (lambda: cache.pages_needed([sequence], []), r"counts is \[\]; it must hold a number"),
+        (lambda: cache.references(-1), "page is -1; it must be 0 to 1"),
+        (lambda: cache.truncate(sequence, "x"), "length is 'x'; it must be an int"),
+        (lambda: cache.write([sequence], row, row, layer=-1), "layer is -1; it must be 0 to 0"),
+        (lambda: cache.write([sequence], 3, row), "k is 3; it must be a torch.Tensor"),
+        (lambda: cache.append([sequence], row[0], row), r"k has shape \(1, 1, 8\); it must be"),
+        (lambda: cache.append([sequence], row[0], row[0], cu_seqlens=used), "cu_seqlens is torch"),
+        (lambda: cache.attend([sequence], row, layer=1), "layer is 1; it must be 0 to 0"),
+        (lambda: cache.attend_cascade([sequence], row[0]), "q has shape"),
+    ):
+        with pytest.raises((TypeError, fal.ArgumentError), match=f"^PagedKVCache.*: .*{words}"):
+            call()
     with pytest.raises(fal.ArgumentError, match="window cannot be used here"):
         cache.attend_cascade([sequence], torch.zeros(1, 1, 1, 8), window=(1, 1))

@@ -352,7 +352,7 @@ BAD_CALLS: list[tuple[tuple[Tensor, ...], dict[str, Any], str]] = [
     ((Q, K, K, torch.ones(1, 1, 1, 1, 5, dtype=torch.bool)), {}, "attn_mask has shape"),
     ((Q, K, K, torch.ones(3, 5, dtype=torch.int32)), {}, "attn_mask is torch.int32"),
     ((Q, K, K, torch.ones(3, 5).double()), {}, "attn_mask is torch.float64"),
-    ((Q.int(), K.int(), K.int()), {}, "q is int32; it must be float32, float16"),
+    ((Q.int(), K.int(), K.int()), {}, "query is int32; it must be float32, float16"),
 ]  # fmt: skip
 
 

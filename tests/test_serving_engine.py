@@ -163,6 +163,35 @@ def test_parameters_out_of_range_are_refused(name: str, value: Any) -> None:
     assert caught.value.param == name
 
 
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty"])
+def test_numbers_that_torch_cannot_take_as_ints(name: str, model: Any) -> None:
+    params = SamplingParams(max_tokens=2, **{name: 2**63})
+    assert len(Engine(model, None).generate([[1, 2]], params)[0].token_ids) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda e: e.submit(3), "prompt is 3; it must be text or a list of ints"),
+        (lambda e: e.submit([1], 3), "params is 3; it must be a SamplingParams"),
+        (lambda e: e.submit([1], request_id=[1]), r"request_id is \[1\]; it must be a str"),
+        (lambda e: e.generate("text"), "prompts is one text; it must be a list of prompts"),
+        (lambda e: e.generate([[1]], 3), "params is 3; it must be a SamplingParams"),
+        (lambda e: SamplingParams(stop=3), "stop is 3; it must be a list of strings"),
+        (lambda e: SamplingParams(stop_token_ids=3), "stop_token_ids is 3; it must be a list of"),
+        (lambda e: EngineConfig(num_pages="x"), "num_pages is 'x'; it must be an int"),
+        (lambda e: EngineConfig(page_size=2.5), "page_size is 2.5; it must be an int"),
+        (lambda e: EngineConfig(max_waiting=-1), "max_waiting is -1; it must be >= 1"),
+        (lambda e: EngineConfig(prefix_cache="no"), "prefix_cache is 'no'; it must be a bool"),
+    ],
+)
+def test_other_types_are_named(call: Any, words: str) -> None:
+    engine = Engine(ScriptedModel(lambda place: 1), None)
+    with pytest.raises((TypeError, ValueError), match=words):
+        call(engine)
+    assert not engine.has_work()
+
+
 def test_ids_and_queue() -> None:
     engine = Engine(ScriptedModel(lambda place: 1), None, EngineConfig(max_waiting=2))
     engine.submit([1], request_id="a")

@@ -122,7 +122,7 @@ def test_what_cannot_run_raises_or_is_counted() -> None:
         out = call(300, 9)
         call()
     assert torch.equal(out, torch.ones(1, 2, 9, 300))
-    assert calls.ours == 1 and calls.torch == {"q has head_dim 300; it must be 1 to 256": 1}
+    assert calls.ours == 1 and calls.torch == {"query has head_dim 300; it must be 1 to 256": 1}
     nested = torch.nested.nested_tensor([torch.ones(2, 3, 8), torch.ones(2, 5, 8)])
     with use_as_sdpa(), pytest.raises(ArgumentError, match="nested tensors cannot run on"):
         functional.scaled_dot_product_attention(nested, nested, nested)

@@ -39,7 +39,8 @@ void Arguments::check_dtypes() {
     checker_.bad("q is ", dtype_text(q_.dtype()), "; it must be float32, float16 or bfloat16");
   }
   if (!known_dtype(k_.dtype(), &kv_dtype))
-    checker_.bad("k is ", dtype_text(k_.dtype()), "; q is ", dtype_text(q_.dtype()));
+    checker_.bad("k is ", dtype_text(k_.dtype()), "; it must be ", dtype_text(q_.dtype()),
+                 " as q is, int8 or float8_e4m3fn");
   if (k_.dtype() != v_.dtype()) {
     checker_.bad("k is ", dtype_text(k_.dtype()), " but v is ", dtype_text(v_.dtype()),
                  "; they must agree");
@@ -167,15 +168,20 @@ void Arguments::set_score() {
   ScoreOptions& score = problem_.score;
   const double scale =
       o.softmax_scale ? *o.softmax_scale : 1 / sqrt(static_cast<double>(s.head_dim));
+  score.scale = static_cast<float>(scale);
+  score.softcap = static_cast<float>(o.softcap);
   if (!isfinite(scale)) checker_.bad("softmax_scale is ", scale, "; it must be finite");
   if (!(o.softcap >= 0) || !isfinite(o.softcap)) {
     checker_.bad("softcap is ", o.softcap, "; it must be >= 0 (0 = off)");
   }
+  if (!isfinite(score.scale))
+    checker_.bad("softmax_scale is ", scale, "; it must be finite in float32");
+  // Beyond these, score / softcap leaves float32's normal numbers.
+  if (o.softcap > 0 && !(o.softcap >= 1e-30 && o.softcap <= 1e30))
+    checker_.bad("softcap is ", o.softcap, "; it must be 0 (off) or 1e-30 to 1e30");
   if (!(o.dropout_p >= 0 && o.dropout_p < 1)) {
     checker_.bad("dropout_p is ", o.dropout_p, "; it must be in [0, 1)");
   }
-  score.scale = static_cast<float>(scale);
-  score.softcap = static_cast<float>(o.softcap);
   score.alibi_slopes = checker_.float_vector("alibi_slopes", o.alibi_slopes);
   if (o.alibi_slopes) {
     const Tensor& t = *o.alibi_slopes;

@@ -16,6 +16,9 @@ std::string dtype_text(int32_t dtype) {
   if (dtype == aoti_torch_dtype_int16()) return "int16";
   if (dtype == aoti_torch_dtype_uint8()) return "uint8";
   if (dtype == aoti_torch_dtype_bool()) return "bool";
+  if (dtype == aoti_torch_dtype_float8_e5m2()) return "float8_e5m2";
+  if (dtype == aoti_torch_dtype_complex64()) return "complex64";
+  if (dtype == aoti_torch_dtype_complex128()) return "complex128";
   return "dtype number " + std::to_string(dtype);
 }
 
@@ -155,7 +158,8 @@ void Checker::table_entries(const char* lengths_name, const int32_t* lengths, co
     const int64_t used = (lengths[b] + page_size - 1) / page_size;
     if (used > max_pages) {
       bad(lengths_name, "[", b, "] is ", lengths[b],
-          ", more than block_table can address: ", max_pages, " pages of ", page_size, " tokens");
+          ", more than block_table can address: ", max_pages, " pages of ", page_size,
+          " tokens; it must be at most ", max_pages * page_size);
     }
     for (int64_t p = 0; p < used; ++p) {
       const int32_t page = table[b * table_stride + p];

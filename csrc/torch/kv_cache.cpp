@@ -62,6 +62,11 @@ Rows rows_of(const Checker& check, const char* name, const Tensor& t,
   if (t.size(t.dim() - 1) > most)
     check.bad(name, " has head_dim ", t.size(t.dim() - 1), "; it must be 1 to ", most);
   check.unit_last_stride(name, t);
+  for (const auto& [what, size] : {std::pair{"seqlen", cu_seqlens ? 0 : t.size(1)},
+                                   std::pair{"max_seqlen", cu_seqlens ? max_seqlen : 0}}) {
+    if (size < 0 || size > Band::kMaxLength)
+      check.bad(what, " is ", size, "; it must be 0 to 2^30");
+  }
   if (!cu_seqlens) return {t.size(0), t.size(1), nullptr};
   if (cu_seqlens->numel() < 1) check.bad("cu_seqlens is empty; it must hold batch + 1 offsets");
   const int64_t batch = cu_seqlens->numel() - 1;
@@ -122,19 +127,19 @@ void append_kv(uint64_t* stack, uint64_t inputs, uint64_t) {
 
   const Checker check(kName, k);
   const Rows rows = rows_of(check, "k", k, cu_seqlens, max_seqlen);
+  AppendProblem p{};
+  p.dtype = check.float_dtype("k", k);
   std::vector<int64_t> v_sizes = sizes_of(k);
   v_sizes.back() = v.dim() ? v.size(v.dim() - 1) : 0;
   check.has_shape("v", v, v_sizes);
   check.has_dtype("v", v, k.dtype());
   rows_of(check, "v", v, cu_seqlens, max_seqlen);
 
-  AppendProblem p{};
   p.batch = static_cast<int32_t>(rows.batch);
   p.seqlen = static_cast<int32_t>(rows.seqlen);
   p.heads_k = static_cast<int32_t>(k.size(k.dim() - 2));
   p.head_dim = static_cast<int32_t>(k.size(k.dim() - 1));
   p.head_dim_v = static_cast<int32_t>(v_sizes.back());
-  p.dtype = check.float_dtype("k", k);
   p.k = any_view(k);
   p.v = any_view(v);
   p.cu_seqlens = rows.cu_seqlens;
@@ -159,13 +164,13 @@ void append_kv(uint64_t* stack, uint64_t inputs, uint64_t) {
   if (k_cache.size(0) != v_cache.size(0) || k_cache.size(1) != v_cache.size(1)) {
     check.bad("k_cache has shape ", shape_text(k_cache), " but v_cache has ", shape_text(v_cache));
   }
-  check.has_dtype("v_cache", v_cache, k_cache.dtype());
   KeyValue& cache = p.cache;
   if (!known_dtype(k_cache.dtype(), &cache.dtype) ||
       (is_float(cache.dtype) && cache.dtype != p.dtype)) {
     check.bad("k_cache is ", dtype_text(k_cache.dtype()), " but k is ", dtype_text(k.dtype()),
               "; a cache is of the same dtype, int8 or float8_e4m3fn");
   }
+  check.has_dtype("v_cache", v_cache, k_cache.dtype());
   cache.k = any_view(k_cache);
   cache.v = any_view(v_cache);
   if (!is_float(cache.dtype) != (k_scale && v_scale)) {

@@ -7,13 +7,14 @@ differentiable plain torch; the rotation is done in float32 (float64 for float64
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from flashattn_lite import _argument_types
-from flashattn_lite._ops import ArgumentError
+from flashattn_lite._ops import ArgumentError, renamed
 
 __all__ = [
     "RotaryEmbedding",
@@ -54,15 +55,25 @@ def apply_rotary_emb_torch(
     >>> apply_rotary_emb_torch(x, torch.zeros(1, 1), torch.ones(1, 1)).flatten().tolist()
     [0.0, 1.0]
     """
-    _check("apply_rotary_emb_torch", x, cos, sin)
+    name = "apply_rotary_emb_torch"
+    _check(name, x, cos, sin)
+    interleaved = _argument_types.flag(name, "interleaved", interleaved)
+    rows = x.shape[-1 - cos.dim() : -2]
+    if rows != cos.shape[:-1]:
+        raise ArgumentError(
+            f"{name}: cos is for {tuple(cos.shape[:-1])} tokens but x has {tuple(rows)}; they must "
+            "agree"
+        )
     return _rotate(x, cos, sin, interleaved)
 
 
 def _check(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     _argument_types.dense(name, x=x, cos=cos, sin=sin)
     for argument, t in (("x", x), ("cos", cos), ("sin", sin)):
-        if not t.dtype.is_floating_point:
-            raise ArgumentError(f"{name}: {argument} is {t.dtype}; it must be floating-point")
+        if not t.dtype.is_floating_point or t.dtype.itemsize == 1:
+            raise ArgumentError(
+                f"{name}: {argument} is {t.dtype}; it must be floating-point of 16 bits or more"
+            )
     if cos.shape != sin.shape:
         raise ArgumentError(
             f"{name}: cos has shape {tuple(cos.shape)} but sin has {tuple(sin.shape)}"
@@ -123,7 +134,8 @@ def _within(name: str, position: Tensor, limit: int) -> Tensor:
         low, high = position.aminmax()
         if low < 0 or high >= limit:
             raise ArgumentError(
-                f"{name}: positions are {int(low)} to {int(high)} but cos has {limit} rows"
+                f"{name}: positions are {int(low)} to {int(high)} but cos has {limit} rows; "
+                "seqlen_offsets must keep them within"
             )
     return position
 
@@ -284,8 +296,14 @@ def apply_rotary_emb_qkv_(
             )
         heads_k = (qkv.shape[2] - num_heads_q) // 2
         q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + heads_k]
-    _apply(name, q, cos, sin, interleaved, True, seqlen_offsets)
-    _apply(name, k, cos_k, sin_k, interleaved, True, seqlen_offsets)
+    words = {"x": "qkv"}
+    try:
+        _apply(name, q, cos, sin, interleaved, True, seqlen_offsets)
+        if cos_k is not cos or sin_k is not sin:
+            words |= {"cos": "cos_k", "sin": "sin_k"}
+        _apply(name, k, cos_k, sin_k, interleaved, True, seqlen_offsets)
+    except (ArgumentError, TypeError) as error:
+        raise renamed(error, words) from None
     return qkv
 
 
@@ -312,7 +330,10 @@ def apply_rotary_emb_kv_(
             f"apply_rotary_emb_kv_: kv has shape {tuple(kv.shape)}; it must be (batch, seqlen, 2, "
             "heads_k, head_dim)"
         )
-    _apply("apply_rotary_emb_kv_", kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets)
+    try:
+        _apply("apply_rotary_emb_kv_", kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets)
+    except (ArgumentError, TypeError) as error:
+        raise renamed(error, {"x": "kv"}) from None
     return kv
 
 
@@ -344,8 +365,17 @@ class RotaryEmbedding(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        name = "RotaryEmbedding"
+        dim = _argument_types.index(name, "dim", dim)
+        interleaved = _argument_types.flag(name, "interleaved", interleaved)
         if dim < 2 or dim % 2:
-            raise ArgumentError(f"RotaryEmbedding: dim is {dim}; it must be even and positive")
+            raise ArgumentError(f"{name}: dim is {dim}; it must be even and positive")
+        for argument, value in (("base", base), ("scale_base", scale_base)):
+            if value is None and argument == "scale_base":
+                continue
+            if not 0 < _argument_types.number(name, argument, value) < math.inf:
+                raise ArgumentError(f"{name}: {argument} is {value}; it must be > 0 and finite")
+        base = float(base)
         self.dim, self.base, self.interleaved, self.scale_base = dim, base, interleaved, scale_base
         even = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
         self.register_buffer("inv_freq", base ** (-even / dim), persistent=False)
@@ -401,9 +431,20 @@ class RotaryEmbedding(nn.Module):
 
         Returns: qkv, or (q, kv).
         """
+        name = "RotaryEmbedding"
+        for argument, t in {"qkv": qkv, **_argument_types.given(kv=kv)}.items():
+            _argument_types.dense(name, **{argument: t})
+            if t.dim() < 4:
+                raise ArgumentError(
+                    f"{name}: {argument} has shape {tuple(t.shape)}; it must be 4-D or 5-D"
+                )
+        if isinstance(seqlen_offset, Tensor):
+            _argument_types.dense(name, seqlen_offset=seqlen_offset)
+        else:
+            seqlen_offset = _argument_types.index(name, "seqlen_offset", seqlen_offset)
         seqlen = max(qkv.shape[1], 0 if kv is None else kv.shape[1])
         if max_seqlen is not None:
-            rows = max(max_seqlen, seqlen)
+            rows = max(_argument_types.index(name, "max_seqlen", max_seqlen), seqlen)
         elif isinstance(seqlen_offset, Tensor):
             rows = seqlen + (int(seqlen_offset.max()) if seqlen_offset.numel() else 0)
         else:

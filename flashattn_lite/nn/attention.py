@@ -4,6 +4,7 @@ QK-norm, packed batches and a KV cache, in one module with the Llama family's na
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +12,22 @@ from torch import Tensor
 from torch.nn import Linear, Parameter, RMSNorm
 
 from flashattn_lite import _argument_types
-from flashattn_lite._ops import ArgumentError
-from flashattn_lite.attention import attention
+from flashattn_lite._ops import ArgumentError, renamed
+from flashattn_lite.attention import attention, window_sides
 from flashattn_lite.kv_cache import append_kv_cache
 
 __all__ = ["Attention", "KVCache"]
 
 _NAME = "nn.Attention"
+
+# What forward calls the arguments that errors are about.
+_WORDS = {
+    **{"cu_seqlens_q": "cu_seqlens", "cu_seqlens_k": "cu_seqlens"},
+    **{"max_seqlen_q": "max_seqlen", "max_seqlen_k": "max_seqlen"},
+    **{"seqused_q": "seqlens", "seqused_k": "seqlens"},
+    **{"k_cache": "cache.k", "v_cache": "cache.v", "cache_seqlens": "cache.seqlens"},
+    "block_table": "cache.block_table",
+}
 
 
 @dataclass
@@ -50,6 +60,12 @@ class KVCache:
         device: torch.device | str | None = None,
     ) -> KVCache:
         """A contiguous cache with room for ``capacity`` tokens of each sequence."""
+        sizes = {"batch": batch, "capacity": capacity, "heads_kv": heads_kv, "head_dim": head_dim}
+        for name, size in sizes.items():
+            sizes[name] = _argument_types.index("KVCache.empty", name, size)
+            if not 0 <= sizes[name] < 2**31:
+                raise ArgumentError(f"KVCache.empty: {name} is {size}; it must be 0 to 2^31 - 1")
+        batch, capacity, heads_kv, head_dim = sizes.values()
         k = torch.zeros(batch, capacity, heads_kv, head_dim, dtype=dtype, device=device)
         return cls(k, torch.zeros_like(k), torch.zeros(batch, dtype=torch.int32, device=device))
 
@@ -124,14 +140,31 @@ class Attention(torch.nn.Module):
         flags = {"bias": bias, "causal": causal, "sinks": sinks, "qk_norm": qk_norm}
         for name, value in (flags | {"rotary_interleaved": rotary_interleaved}).items():
             _argument_types.flag(_NAME, name, value)
+        numbers = {"norm_eps": norm_eps, "rotary_base": rotary_base, "softcap": softcap}
+        for name, number in (numbers | {"softmax_scale": softmax_scale}).items():
+            if number is not None and not math.isfinite(
+                _argument_types.number(_NAME, name, number)
+            ):
+                raise ArgumentError(f"{_NAME}: {name} is {number}; it must be finite")
+        for name, number in numbers.items():
+            if number < 0 or (number == 0 and name == "rotary_base"):
+                least = "> 0" if name == "rotary_base" else ">= 0"
+                raise ArgumentError(f"{_NAME}: {name} is {number}; it must be {least}")
+        window_sides(window, causal, _NAME)
+        if out_bias is not None:
+            out_bias = _argument_types.flag(_NAME, "out_bias", out_bias)
         if not 0.0 <= _argument_types.number(_NAME, "dropout", dropout) < 1.0:
             raise ArgumentError(f"{_NAME}: dropout is {dropout}; it must be in [0, 1)")
         heads_kv = heads if heads_kv is None else heads_kv
         if heads % heads_kv:
-            raise ArgumentError(f"{_NAME}: heads is {heads}, not a multiple of heads_kv {heads_kv}")
+            raise ArgumentError(
+                f"{_NAME}: heads is {heads}, not a multiple of heads_kv {heads_kv}; it must be one"
+            )
         if head_dim is None:
             if dim % heads:
-                raise ArgumentError(f"{_NAME}: dim is {dim}, not a multiple of heads {heads}")
+                raise ArgumentError(
+                    f"{_NAME}: dim is {dim}, not a multiple of heads {heads}; give head_dim"
+                )
             head_dim = dim // heads
         if rotary_dim % 2 or not 0 <= rotary_dim <= head_dim:
             raise ArgumentError(
@@ -184,6 +217,24 @@ class Attention(torch.nn.Module):
         Returns: like x.
         """
         self._check(x, context, position_ids, seqlens, cu_seqlens, cache)
+        try:
+            return self._attend(
+                *(x, context, position_ids, seqlens, cu_seqlens, max_seqlen, bias, cache)
+            )
+        except (ArgumentError, TypeError) as error:
+            raise renamed(error, _WORDS) from None
+
+    def _attend(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        position_ids: Tensor | None,
+        seqlens: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        bias: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
         source = x if context is None else context
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(source).unflatten(-1, (self.heads_kv, self.head_dim))
@@ -245,6 +296,8 @@ class Attention(torch.nn.Module):
                 context=context, seqlens=seqlens, cu_seqlens=cu_seqlens, position_ids=position_ids
             ),
         )
+        if cache is not None and not isinstance(cache, KVCache):
+            raise TypeError(f"{_NAME}: cache is {cache!r}; it must be a KVCache")
         if x.dim() != (3 if cu_seqlens is None else 2):
             form = "(batch, seqlen, dim)" if cu_seqlens is None else "(total, dim) with cu_seqlens"
             raise ArgumentError(f"{_NAME}: x has shape {tuple(x.shape)}; it must be {form}")
@@ -255,6 +308,14 @@ class Attention(torch.nn.Module):
                     f"{_NAME}: {name} has {t.shape[-1]} features; it must have "
                     f"{projection.in_features}"
                 )
+            if t is not None and (not t.is_floating_point() or t.dtype.itemsize == 1):
+                raise ArgumentError(f"{_NAME}: {name} is {t.dtype}; it must be floating-point")
+        if position_ids is not None and (
+            position_ids.dtype is torch.bool
+            or position_ids.is_complex()
+            or (position_ids.is_floating_point() and position_ids.dtype.itemsize < 4)
+        ):
+            raise ArgumentError(f"{_NAME}: position_ids is {position_ids.dtype}; it must be int64")
         if position_ids is not None and position_ids.shape not in (x.shape[:-1], (1, x.shape[-2])):
             raise ArgumentError(
                 f"{_NAME}: position_ids has shape {tuple(position_ids.shape)}; it must be "

@@ -121,6 +121,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return self._nested(query, key, value, need_weights, average_attn_weights)
         need_weights = _argument_types.flag(_NAME, "need_weights", need_weights)
         is_causal = _argument_types.flag(_NAME, "is_causal", is_causal)
+        average_attn_weights = _argument_types.flag(
+            _NAME, "average_attn_weights", average_attn_weights
+        )
         batched = self._check(query, key, value, key_padding_mask, attn_mask, is_causal)
         if need_weights:
             return self._with_weights(
@@ -334,7 +337,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             **_argument_types.given(key_padding_mask=key_padding_mask, attn_mask=attn_mask),
         )
         for name, t in (("query", query), ("key", key), ("value", value)):
-            if not t.is_floating_point():
+            if not t.is_floating_point() or t.dtype.itemsize == 1:
                 raise _ArgumentError(f"{_NAME}: {name} is {t.dtype}; it must be floating-point")
         dim = query.dim()
         if dim not in (2, 3):
@@ -352,7 +355,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         self._check_features(query, key, value)
         if key.shape[:-1] != value.shape[:-1]:
             raise _ArgumentError(
-                f"{_NAME}: key shape {key.shape} does not match value shape {value.shape}"
+                f"{_NAME}: key shape {key.shape} does not match value shape {value.shape}; only "
+                "their features may differ"
             )
         batch_dim = 0 if self.batch_first else 1
         batch = query.shape[batch_dim] if batched else 1
@@ -410,7 +414,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
 
 def _check_dtype(name: str, mask: Tensor) -> None:
-    if mask.dtype != torch.bool and not mask.is_floating_point():
+    if mask.dtype != torch.bool and not (mask.is_floating_point() and mask.dtype.itemsize > 1):
         raise _ArgumentError(
             f"{_NAME}: only bool and floating types of {name} are supported; it is {mask.dtype}"
         )

@@ -150,12 +150,19 @@ class Engine:
                 the vocabulary, more tokens than the context or the pool can hold, stop strings
                 without a tokenizer, an id in use).
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"params is {params!r}; it must be a SamplingParams")
+        if not isinstance(request_id, str | None):
+            raise TypeError(f"request_id is {request_id!r}; it must be a str")
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("prompt is text, but there is no tokenizer", "prompt")
             prompt = self.tokenizer.encode(prompt)
-        tokens = list(prompt)
+        try:
+            tokens = list(prompt)
+        except TypeError:
+            raise TypeError(f"prompt is {prompt!r}; it must be text or a list of ints") from None
         self._refuse(tokens, params)
         waiting, limit = self._waiting(), self.config.max_waiting
         if limit is not None and waiting >= limit:
@@ -439,6 +446,9 @@ class Engine:
         Raises:
             RequestError: when one of them can never be served; then none is.
         """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            kind = "one text" if isinstance(prompts, str) else f"a {type(prompts).__name__}"
+            raise TypeError(f"generate: prompts is {kind}; it must be a list of prompts")
         each = [params] * len(prompts) if not isinstance(params, Sequence) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"generate: there are {len(prompts)} prompts and {len(each)} params")
@@ -448,7 +458,7 @@ class Engine:
                 name = self.submit(prompt, one)
                 request = self._streams[name].request
                 completions[name] = Completion(name, list(request.tokens))
-        except RequestError:
+        except (RequestError, TypeError):
             for name in completions:
                 self.abort(name)
             self.step()

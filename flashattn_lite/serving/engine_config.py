@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from flashattn_lite import _argument_types
 from flashattn_lite.serving.scheduler import BLOCK
 
 __all__ = ["EngineConfig", "Role"]
@@ -46,10 +47,18 @@ class EngineConfig:
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_pages", "page_size", "max_running", "max_context"):
+        for name in ("prefix_cache", "reproducible", "cuda_graphs"):
+            flag = _argument_types.flag("EngineConfig", name, getattr(self, name))
+            object.__setattr__(self, name, flag)
+        optional = ("num_pages", "max_context", "max_waiting")
+        for name in ("page_size", "max_running", "max_step_tokens", *optional):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None and name in optional:
+                continue
+            value = _argument_types.index("EngineConfig", name, value)
+            if value < 1:
                 raise ValueError(f"EngineConfig: {name} is {value}; it must be >= 1")
+            object.__setattr__(self, name, value)
         least = self.max_running + (BLOCK if self.reproducible else 0)
         if self.max_step_tokens < least:
             raise ValueError(

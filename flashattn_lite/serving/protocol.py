@@ -98,6 +98,10 @@ class _Request(BaseModel):
             if value is not None and not (name in NOTHING and value in NOTHING[name])
         }
 
+    def in_its_words(self, error: RequestError) -> RequestError:
+        """The same error with this API's names for what sampling parameters call otherwise."""
+        return error
+
     def _sampling(self, max_tokens: int, logprobs: int | None) -> list[SamplingParams]:
         """One for each of the n choices; with a seed, each has its own made from it."""
         return [
@@ -201,6 +205,15 @@ class ChatRequest(_Request):
         limit = self.max_tokens if limit is None else limit
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self._sampling(max(1, room) if limit is None else limit, logprobs)
+
+    def in_its_words(self, error: RequestError) -> RequestError:
+        words = {"logprobs": "top_logprobs"}
+        if self.max_completion_tokens is not None:
+            words["max_tokens"] = "max_completion_tokens"
+        if error.param not in words:
+            return error
+        name = words[error.param]
+        return RequestError(str(error).replace(error.param, name, 1), name)
 
 
 class Usage:

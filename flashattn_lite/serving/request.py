@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from flashattn_lite.serving.kv_transfer import Handover
@@ -95,9 +95,9 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else self._tuple("stop", "strings")
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop_token_ids", self._tuple("stop_token_ids", "ints"))
         for name, kind, low, high, words in (
             ("max_tokens", int, 1, math.inf, ">= 1"),
             ("temperature", float, 0, math.inf, ">= 0 (0 is greedy)"),
@@ -118,9 +118,11 @@ class SamplingParams:
                 isinstance(value, bool)
                 or not isinstance(value, allowed)
                 or not (low <= value <= high)
-                or value == math.inf
+                or (kind is float and value > 1e308)
             ):
                 raise RequestError(f"{name} is {value!r}; it must be {words}", name)
+            if kind is float:  # torch takes no int of more than 64 bits for one
+                object.__setattr__(self, name, float(value))
         if len(stop) > MAX_STOPS or not all(isinstance(s, str) and s for s in stop):
             raise RequestError(
                 f"stop is {self.stop!r}; it must be at most {MAX_STOPS} strings, none empty", "stop"
@@ -130,6 +132,13 @@ class SamplingParams:
                 f"stop_token_ids is {self.stop_token_ids!r}; it must hold ints >= 0",
                 "stop_token_ids",
             )
+
+    def _tuple(self, name: str, of: str) -> tuple[Any, ...]:
+        value = getattr(self, name)
+        try:
+            return () if value is None else tuple(value)
+        except TypeError:
+            raise RequestError(f"{name} is {value!r}; it must be a list of {of}", name) from None
 
     @property
     def greedy(self) -> bool:

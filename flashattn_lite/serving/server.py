@@ -176,6 +176,12 @@ class _Service:
             raise _UnknownModel(f"there is no model {name!r} here; this server has {self.model!r}")
 
     async def answer(self, body: CompletionRequest | ChatRequest, request: Request) -> Response:
+        try:
+            return await self._answer(body, request)
+        except RequestError as error:
+            raise body.in_its_words(error) from None
+
+    async def _answer(self, body: CompletionRequest | ChatRequest, request: Request) -> Response:
         self.check_model(body.model)
         chat = isinstance(body, ChatRequest)
         choices = body.prompt_count * body.n
