@@ -250,6 +250,22 @@ def test_a_row_holds_every_contender_and_round() -> None:
     assert row.error is not None and row.budget_used is not None and row.budget_used <= 1
 
 
+def test_ratios_are_the_baselines_time_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = {"flashattn_lite": (2.0, 1.0), "sdpa": (3.0, 4.0), "fma": (0.5, 0.5)}
+    samples = {name: Samples([wall] * 3, [cpu] * 3) for name, (wall, cpu) in taken.items()}
+    monkeypatch.setattr(runner, "interleave", lambda *_: samples)
+    row = runner.measure(SMALL, ONE_ROUND)
+    assert (row.figure("wall"), row.figure("cpu")) == (1.5, 4.0)
+    assert row.ratios == {"sdpa": Ratio(1.5, 1.5, 1.5)} and row.loses("wall") is False
+    bytes_ = {"flashattn_lite": 100, "sdpa": 300, "sdpa_math": 900}
+    monkeypatch.setattr(memory, "measure", lambda _case, name: bytes_[name])
+    case = replace(SMALL, suite="memory", seqlen=1024, backward=True)
+    monkeypatch.setattr(runner, "_measure_time", lambda case, _: Row(case, error=0.0))
+    row = runner.measure(case, ONE_ROUND)
+    assert {name: r.median for name, r in row.ratios.items()} == {"sdpa": 3.0, "sdpa_math": 9.0}
+    assert row.figure() == 3.0
+
+
 def test_an_inexact_result_is_a_failure_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(case: Case, inputs: Inputs) -> object:
         entry = ours(case, inputs)
