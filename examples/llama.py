@@ -1,5 +1,6 @@
 """A Llama-class decoder (random weights) in transformers on this library's attention.
 
+pip install transformers
 python examples/llama.py [--prompt 512] [--tokens 32] [--bf16]
 """
 

