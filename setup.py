@@ -227,15 +227,23 @@ class BuildNative(build_ext):
         return fullname.replace(".", os.sep) + ".so"  # no Python version or platform in the name
 
     def build_extension(self, ext: Extension) -> None:
+        if shutil.which(shlex.split(CXX)[0]) is None:
+            raise SystemExit(
+                f"there is no {CXX} on PATH: install g++ (apt-get install g++), or name another "
+                "C++17 compiler in CXX"
+            )
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        if not (jobs.isdigit() and int(jobs)):
+            raise SystemExit(f"MAX_JOBS is {jobs!r}; it must be a whole number above 0")
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
         ninja_file = build / "build.ninja"
         ninja_file.write_text(NinjaFile(build, library, find_nvcc()).text())
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         program = Path(ninja.BIN_DIR) / "ninja"
-        subprocess.run([program, "-f", ninja_file, "-j", jobs], cwd=ROOT, check=True)
+        if subprocess.run([program, "-f", ninja_file, "-j", jobs], cwd=ROOT).returncode:
+            raise SystemExit("compiling failed: what the compiler said is above")
 
 
 class Wheel(bdist_wheel):

@@ -256,6 +256,26 @@ def broken_imports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[s
 
 
 @pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"CXX": "no-such-g++"}, "there is no no-such-g++ on PATH: install g++"),
+        ({"MAX_JOBS": "many"}, "MAX_JOBS is 'many'; it must be a whole number above 0"),
+        ({"FAL_CUDA": "2"}, "FAL_CUDA is '2'; it must be auto, 0 or 1"),
+    ],
+)
+def test_a_build_that_cannot_begin_says_why(
+    tmp_path: Path, variables: dict[str, str], says: str
+) -> None:
+    folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", *folders],
+        **{"cwd": ROOT, "capture_output": True, "text": True},
+        env={**os.environ, "FAL_CUDA": "0", **variables},
+    )
+    assert done.returncode and says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
     ("installation", "says"),
     [
         ("missing", ["flashattn_lite/_C.so is missing", "pip install"]),

@@ -8,7 +8,14 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from flashattn_lite import reference
-from flashattn_lite.testing import EDGE_CASES, Case, Inputs, make_inputs, pairwise_cases
+from flashattn_lite.testing import (
+    EDGE_CASES,
+    Case,
+    Inputs,
+    error_budget,
+    make_inputs,
+    pairwise_cases,
+)
 
 CASES = [c for c in (*EDGE_CASES, *pairwise_cases()) if c.dtype == torch.float32]
 
@@ -243,3 +250,13 @@ def test_gradients_exist_and_are_zero_for_an_empty_batch() -> None:
     assert out.shape == (0, 3, 2, 4) and lse.shape == (0, 2, 3)
     for t, g in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
         assert g.shape == t.shape
+
+
+def test_the_error_budget_is_what_numerics_md_says() -> None:
+    truth = torch.tensor([1.0, -8.0, math.inf], dtype=torch.float64)
+    low = torch.tensor([1.25, -7.5, 0.0], dtype=torch.bfloat16)
+    eps, eps32 = torch.finfo(torch.bfloat16).eps, torch.finfo(torch.float32).eps
+    for score, summed, largest in ((0.5, 0.0, 8.0), (20.0, 0.0, 8.0), (20.0, 100.0, 100.0)):
+        allowed = error_budget(truth, low, low.dtype, 3.0, largest_score=score, summed=summed)
+        assert allowed == pytest.approx(3 * 0.5 + (4 * eps + eps32 * max(1.0, score)) * largest)
+    assert error_budget(truth[2:], low[2:], low.dtype, 3.0) == 0.0
