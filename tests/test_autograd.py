@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flashattn_lite import ArgumentError, attention, flash_attn_func, reference
+from flashattn_lite import ArgumentError, _ops, attention, flash_attn_func, reference
 from flashattn_lite.testing import Case, check_within_budget, make_inputs
 
 
@@ -111,6 +111,23 @@ def test_a_graph_of_the_gradients_is_harmless(window: tuple[int | None, int | No
     plain = torch.autograd.grad(out.square().sum(), (q, k, v), retain_graph=True)
     with_graph = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=True)
     assert all(map(torch.equal, plain, with_graph))
+
+
+@pytest.mark.parametrize("name", ("dout", "dlse", "out", "lse"))
+def test_the_backward_operator_refuses_other_shapes(name: str) -> None:
+    """Autograd gives it none; no call can make it read beyond a tensor."""
+    q, k, v = (torch.randn(2, n, 2, 8) for n in (5, 7, 7))
+    out, lse = attention(q, k, v, return_lse=True)
+    given = {"dout": out, "dlse": lse, "out": out, "lse": lse}
+    given[name] = given[name][..., :-1].contiguous()
+    options = {"softcap": 0.0, "dropout_p": 0.0, "max_seqlen_q": 5, "max_seqlen_k": 7}
+    options |= {"window_left": -1, "window_right": -1}
+    with pytest.raises(RuntimeError, match=f"{name} has shape .* it must be"):
+        _ops.backward(
+            *(given["dout"], given["dlse"], q, k, v, given["out"], given["lse"]),
+            *map(options.get, _ops.SHARED_ARGUMENTS),
+            *(True, False, False, "auto"),
+        )
 
 
 def test_second_derivatives_are_refused_with_the_remedy() -> None:
