@@ -22,6 +22,7 @@ __all__ = [
     "band_options",
     "bias_of",
     "contents_may_be_read",
+    "is_causal_bias",
     "kernel_window",
     "mask_options",
     "padding_of",
@@ -126,6 +127,16 @@ def bias_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
         return mask
     dtype = torch.float32 if dtype == torch.float64 else dtype  # 0 and -inf need no precision
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+def is_causal_bias(mask: Tensor) -> bool:
+    """Whether it is torch's CausalBias, whose elements are memory that nobody wrote: what it hides
+    is in its attributes."""
+    if type(mask) in (Tensor, torch.nn.Parameter):
+        return False
+    from torch.nn.attention.bias import CausalBias  # imports torch._dynamo: not before it is there
+
+    return isinstance(mask, CausalBias)
 
 
 def contents_may_be_read(mask: Tensor) -> bool:

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from flashattn_lite import _argument_types
-from flashattn_lite._masks import TOP_LEFT_CAUSAL, MaskOptions, band_options, mask_options
+from flashattn_lite._masks import (
+    TOP_LEFT_CAUSAL,
+    Band,
+    MaskOptions,
+    band_options,
+    is_causal_bias,
+    mask_options,
+)
 from flashattn_lite._ops import ArgumentError, renamed
 from flashattn_lite.attention import attention, autocasts, plain_attention
 
@@ -58,7 +65,8 @@ def scaled_dot_product_attention(
         key: (..., heads_k, seqlen_k, head_dim).
         value: (..., heads_k, seqlen_k, head_dim_v).
         attn_mask: broadcasts to (..., heads_q, seqlen_q, seqlen_k). bool: True takes part. Float
-            (of query's dtype, or float32): added to the scores, differentiable.
+            (of query's dtype, or float32): added to the scores, differentiable. A CausalBias
+            (``torch.nn.attention.bias``) becomes a window.
         dropout_p: in [0, 1]; applied whenever it is not 0, as in torch. The random numbers follow
             ``torch.manual_seed``, but are not torch's.
         is_causal: row i sees keys 0 to i (top-left, whatever the lengths). Excludes attn_mask.
@@ -108,6 +116,8 @@ def scaled_dot_product_attention(
     options: MaskOptions = {}
     if is_causal:
         keys, options = band_options(TOP_LEFT_CAUSAL, seqlen_q, keys)
+    elif attn_mask is not None and is_causal_bias(attn_mask):
+        keys, options = band_options(_causal_band(attn_mask, seqlen_q, keys), seqlen_q, keys)
     elif attn_mask is not None:
         mask = _mask_like_scores(attn_mask, query.dim(), lead, (q.shape[1], seqlen_q, keys))
         keys, options = mask_options(mask, q.shape[0], seqlen_q, keys, q.dtype)
@@ -172,9 +182,13 @@ def _check(
         raise ArgumentError(f"{_NAME}: dropout_p is {dropout_p}; it must be in [0, 1]")
     if attn_mask is None:
         return
-    _argument_types.dense(_NAME, query=query, attn_mask=attn_mask)
+    causal_bias = is_causal_bias(attn_mask)  # whose device and dtype mean nothing
+    if not causal_bias:
+        _argument_types.dense(_NAME, query=query, attn_mask=attn_mask)
     if is_causal:
         raise ArgumentError(f"{_NAME}: Explicit attn_mask should not be set when is_causal=True")
+    if causal_bias:
+        return
     if attn_mask.dtype not in (torch.bool, torch.float32, query.dtype) and not (
         autocast and attn_mask.is_floating_point()
     ):
@@ -231,6 +245,20 @@ def _match_heads(
     return q, k, v
 
 
+def _causal_band(bias: Any, seqlen_q: int, seqlen_k: int) -> Band:
+    """The band of torch's CausalBias. As there, the size of one that is square or counts from the
+    first key is not looked at."""
+    lengths = bias.seq_len_q, bias.seq_len_kv
+    if bias.variant.name == "UPPER_LEFT" or bias.seq_len_q == bias.seq_len_kv:
+        return TOP_LEFT_CAUSAL
+    if lengths != (seqlen_q, seqlen_k):
+        raise ArgumentError(
+            f"{_NAME}: attn_mask is a CausalBias for {lengths} queries and keys but there are "
+            f"{(seqlen_q, seqlen_k)}"
+        )
+    return Band(None, seqlen_k - seqlen_q)
+
+
 def _mask_like_scores(
     mask: Tensor, query_dim: int, lead: torch.Size, scores: tuple[int, int, int]
 ) -> Tensor:
@@ -285,7 +313,7 @@ _torch_sdpa: Any = torch.nn.functional.scaled_dot_product_attention
 
 def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None) -> str | None:
     """Why a call cannot run here, for reasons that lie in torch rather than in the arguments."""
-    mask = query if attn_mask is None else attn_mask
+    mask = query if attn_mask is None or is_causal_bias(attn_mask) else attn_mask
     if not all(isinstance(t, Tensor) for t in (query, key, value, mask)):
         return None  # a TypeError either way
     if query.is_nested or key.is_nested or value.is_nested or mask.is_nested:
@@ -300,6 +328,18 @@ def _why_not(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None
     if torch._C._functorch.maybe_current_level():
         return "torch.func transform"
     return None
+
+
+def _by_torch(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, *rest: Any, **options: Any
+) -> Tensor:
+    """torch's function. A CausalBias steps in only where it finds that in torch.nn.functional, and
+    holds no elements otherwise: it goes as the mask that it stands for."""
+    if attn_mask is not None and is_causal_bias(attn_mask):
+        seqlen_q, seqlen_k = query.shape[-2], key.shape[-2]
+        diagonal = _causal_band(attn_mask, seqlen_q, seqlen_k).right
+        attn_mask = query.new_ones(seqlen_q, seqlen_k, dtype=torch.bool).tril(diagonal or 0)
+    return _torch_sdpa(query, key, value, attn_mask, *rest, **options)  # type: ignore[no-any-return]
 
 
 def _dispatch(
@@ -317,7 +357,7 @@ def _dispatch(
     use = _here.get() or (_everywhere[-1] if _everywhere else None)
     arguments = (query, key, value, attn_mask, dropout_p, is_causal)
     if use is None:
-        return _torch_sdpa(*arguments, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
+        return _by_torch(*arguments, scale=scale, enable_gqa=enable_gqa)
     reason = _why_not(query, key, value, attn_mask)
     if reason is None:
         try:
@@ -336,7 +376,7 @@ def _dispatch(
         )
     with _lock:
         use.calls.torch[reason] += 1
-    return _torch_sdpa(*arguments, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
+    return _by_torch(*arguments, scale=scale, enable_gqa=enable_gqa)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as functional
 from dense_masks import additive, band, padding
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 from flashattn_lite import ArgumentError, attention
 from flashattn_lite.sdpa import scaled_dot_product_attention
@@ -373,6 +374,33 @@ def test_a_head_dim_beyond_the_kernels_is_refused() -> None:
     t = torch.zeros(1, 1, 9, 257)
     with pytest.raises(ArgumentError, match="head_dim 257; it must be 1 to 256"):
         scaled_dot_product_attention(t, t, t)
+
+
+# ---- torch's CausalBias --------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Lower right causal bias")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(7, 7), (5, 9), (9, 5)])
+def test_a_causal_bias_hides_what_its_attributes_say(
+    seqlen_q: int, seqlen_k: int, compiled: bool
+) -> None:
+    """Its elements are memory that nobody wrote."""
+    function: Any = scaled_dot_product_attention
+    if compiled:
+        function = torch.compile(function, backend="eager", fullgraph=True)
+    q, k = torch.randn(2, 3, seqlen_q, 8), torch.randn(2, 3, seqlen_k, 8)
+    for make, diagonal in ((causal_upper_left, 0), (causal_lower_right, seqlen_k - seqlen_q)):
+        mask = band(seqlen_q, seqlen_k, None, diagonal)
+        out = function(q, k, k, make(seqlen_q, seqlen_k))
+        torch.testing.assert_close(out, formula(q, k, k, mask))
+
+
+def test_a_causal_bias_for_other_lengths_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"CausalBias for \(2, 5\) queries and keys but .*3, 5"):
+        scaled_dot_product_attention(Q, K, K, causal_lower_right(2, 5))
+    with pytest.raises(ArgumentError, match="should not be set when is_causal"):
+        scaled_dot_product_attention(Q, K, K, causal_lower_right(3, 5), is_causal=True)
 
 
 # ---- torch.compile ------------------------------------------------------------------------------

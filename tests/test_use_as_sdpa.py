@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from flashattn_lite import ArgumentError, attention
 from flashattn_lite.sdpa import scaled_dot_product_attention, use_as_sdpa
@@ -139,6 +140,28 @@ def test_tensor_subclasses_stay_with_torch() -> None:
     with use_as_sdpa(unsupported="torch") as calls:
         assert type(functional.scaled_dot_product_attention(t, t, t)) is Subclass
     assert calls.torch == {"tensor subclass Subclass": 1} and not calls.ours
+
+
+@pytest.mark.parametrize(("head_dim", "ours"), [(8, 1), (300, 0)])
+def test_a_causal_bias_is_right_whoever_computes(head_dim: int, ours: int) -> None:
+    """It looks for its function in torch.nn.functional, where another one stands."""
+    q, k = torch.randn(1, 2, 9, head_dim), torch.randn(1, 2, 12, head_dim)
+    found: list[Tensor] = []
+
+    def compute() -> None:
+        bias = causal_lower_right(9, 12)
+        found.append(functional.scaled_dot_product_attention(q, k, k, bias))
+
+    with use_as_sdpa(unsupported="torch") as calls:
+        compute()
+        thread = threading.Thread(target=compute)  # torch's, for it has not entered
+        thread.start()
+        thread.join()
+    assert (calls.ours, calls.torch.total()) == (ours, 1 - ours)
+    truth = TORCH_SDPA(q, k, k, torch.ones(9, 12, dtype=torch.bool).tril(3))
+    assert len(found) == 2
+    for out in found:
+        torch.testing.assert_close(out, truth)
 
 
 def test_a_wrong_policy_is_refused() -> None:
