@@ -191,7 +191,7 @@ def attention(
         max_seqlen_k: the same for k.
         seqused_q: int32 (batch), rows of each sequence in use; the others give 0 (LSE -inf).
         seqused_k: int32 (batch), keys of each sequence in use, from its first row.
-        leftpad_k: int32 (batch), keys to skip at the start of each sequence.
+        leftpad_k: int32 (batch), keys to skip at the start of each sequence; bias begins there.
         block_table: int32 (batch, max_pages), physical page of each logical page; needs seqused_k.
         k_scale: float32 k.shape[:-1], the factor of each (token, head) of int8 or float8 keys.
         v_scale: the same for v.

@@ -44,6 +44,33 @@ def test_bfloat16(family: str, kind: str) -> None:
     check_model(family, kind, torch.bfloat16)
 
 
+@pytest.mark.parametrize("kind", ["right", "left", "holes", "packed"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "bert"])
+def test_weights_of_padded_batches_are_eagers(family: str, kind: str) -> None:
+    if kind == "packed" and family == "bert":
+        pytest.skip("transformers packs bidirectional models by cu_seq_lens only: another test")
+    model, arguments, found = make(family), inputs_of(kind), []
+    real = arguments.get("attention_mask", torch.ones(3, 11)).bool()
+    for implementation in ("eager", NAME):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            out = model(**arguments, output_attentions=True, use_cache=False)
+        found.append(torch.stack(out.attentions).transpose(2, 3)[:, real])
+    torch.testing.assert_close(*found)
+
+
+def test_weights_with_a_static_cache_have_its_length() -> None:
+    model, found = make("llama"), []
+    for implementation in ("eager", NAME):
+        model.set_attn_implementation(implementation)
+        cache = transformers.StaticCache(model.config, max_cache_len=16)
+        with torch.no_grad():
+            out = model(tokens(), past_key_values=cache, output_attentions=True)
+        found.append(out.attentions)
+    assert found[0][0].shape == (3, 4, 11, 16)
+    torch.testing.assert_close(*found)
+
+
 def test_the_sinks_have_a_gradient() -> None:
     found = logits_and_gradients(make("gpt_oss"), NAME, inputs_of("left"), torch.float32)
     sinks = [t for n, t in found.items() if n.endswith("self_attn.sinks")]
@@ -63,6 +90,25 @@ def test_greedy_generation_gives_the_same_tokens(family: str) -> None:
             found.append(out)
         assert found[0].shape == (3, 20)
         assert torch.equal(*found)
+
+
+def test_generation_of_a_model_that_sees_everything() -> None:
+    """BERT's decoder that is none masks the new token alone, and attends to the whole cache."""
+    config = transformers.BertConfig(**FAMILIES["bert"][1])
+    torch.manual_seed(0)
+    model, found = transformers.BertLMHeadModel(config).eval(), []
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.15)
+    for implementation in ("eager", "sdpa", NAME):
+        model.set_attn_implementation(implementation)
+        out = model.generate(
+            input_ids=tokens(), attention_mask=torch.ones_like(tokens()), max_new_tokens=6,
+            do_sample=False, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        found.append(out)
+    assert found[0].shape == (3, 17)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 def test_generation_with_a_static_cache() -> None:
@@ -201,14 +247,14 @@ SEQUENCE_TO_SEQUENCE: dict[str, tuple[str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("seqlen", [7, 11])
+@pytest.mark.parametrize(("seqlen", "padding"), [(7, "right"), (11, "right"), (7, "left")])
 @pytest.mark.parametrize("family", SEQUENCE_TO_SEQUENCE)
-def test_cross_attention(family: str, seqlen: int) -> None:
+def test_cross_attention(family: str, seqlen: int, padding: str) -> None:
     """Encoder and decoder of equal lengths too: the encoder's padding is not the decoder's."""
     config_name, options, model_name = SEQUENCE_TO_SEQUENCE[family]
     torch.manual_seed(0)
     model = getattr(transformers, model_name)(getattr(transformers, config_name)(**options)).eval()
-    arguments = {**inputs_of("right"), "decoder_input_ids": tokens(3, seqlen, seed=8)}
+    arguments = {**inputs_of(padding), "decoder_input_ids": tokens(3, seqlen, seed=8)}
 
     def once(implementation: str, dtype: torch.dtype) -> Tensor:
         other = copy.deepcopy(model).to(dtype)

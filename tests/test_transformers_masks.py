@@ -57,18 +57,29 @@ def test_without_a_mask_the_window_holds() -> None:
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_position_bias_has_a_gradient_and_goes_with_masks() -> None:
-    q, k, v = qkv(6, 6)
-    padding = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
-    mask = create_mask(2, 6, 6, mask_function=masking.bidirectional_mask_function,
-                       attention_mask=padding)  # fmt: skip
+@pytest.mark.parametrize("kind", ["right", "left", "packed"])
+def test_position_bias_has_a_gradient_and_goes_with_masks(kind: str) -> None:
+    real = torch.ones(2, 6, dtype=torch.bool)
+    function = masking.bidirectional_mask_function
+    if kind == "packed":
+        segments = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2]])
+        function = masking.packed_sequence_mask_function(segments)
+    else:
+        real[0, slice(4, 6) if kind == "right" else slice(2)] = False
+    arguments = dict(
+        batch_size=2, q_length=6, kv_length=6, mask_function=function, attention_mask=real
+    )
+    mask = create_mask(**arguments)
+    dense = masking.sdpa_mask(**arguments, allow_is_causal_skip=False)
     assert isinstance(mask, CompactMask)
+    q, k, v = qkv(6, 6)
     bias = torch.randn(1, 4, 6, 6, requires_grad=True)
     ours, _ = integration.attention_forward(Layer(False), q, k, v, mask, position_bias=bias)
     (ours.square().sum()).backward()
     wide = bias.detach().double().requires_grad_()
-    expected = sdpa(q, k, v, wide + torch.zeros(2, 1, 1, 6).double().masked_fill(
-        ~padding[:, None, None], -torch.inf))  # fmt: skip
+    expected = sdpa(
+        q, k, v, wide + torch.zeros(2, 1, 6, 6).double().masked_fill(~dense, -torch.inf)
+    )
     expected.square().sum().backward()
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(bias.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)

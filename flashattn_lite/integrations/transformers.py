@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils.generic import is_flash_attention_requested
 
@@ -105,19 +106,28 @@ def attention_forward(
         "sinks": s_aux,
         "bias": position_bias,
     }
-    if kwargs.get("cu_seq_lens_q") is not None:
+    by_caller = kwargs.get("cu_seq_lens_q") is not None  # packed
+    by_column = position_bias is not None or kwargs.get("output_attentions")
+    if isinstance(attention_mask, CompactMask) and attention_mask.moves_keys and not by_caller:
+        # The bias and the weights have a column for each key, padding and other sequences too.
+        attention_mask = attention_mask.dense() if by_column else attention_mask
+    if by_caller:
         band = _packed_band(attention_mask, is_causal, sliding_window)
         options |= _packed_options(q, band, kwargs)
     elif isinstance(attention_mask, CompactMask):
-        if (q.shape[1], k.shape[1]) != tuple(attention_mask.shape[2:]):
+        lengths = q.shape[1], k.shape[1]
+        # transformers makes no mask where nothing is hidden, and so some models that see the whole
+        # cache (BERT's language models) ask for one of the new tokens alone.
+        keys = k.shape[1] if attention_mask.hides_nothing else attention_mask.keys
+        if lengths != tuple(attention_mask.shape[2:]) and not attention_mask.hides_nothing:
             raise ArgumentError(
                 f"transformers: the mask is for {tuple(attention_mask.shape[2:])} queries and keys "
-                f"but there are {(q.shape[1], k.shape[1])}"
+                f"but there are {lengths}"
             )
         options |= attention_mask.options
-        k, v = k[:, : attention_mask.keys], v[:, : attention_mask.keys]
+        k, v = k[:, :keys], v[:, :keys]
         if position_bias is not None:
-            options["bias"] = position_bias[..., : attention_mask.keys]
+            options["bias"] = position_bias[..., :keys]
     elif attention_mask is not None:
         mask = bias_of(attention_mask, query.dtype)
         options["bias"] = mask if position_bias is None else mask + position_bias
@@ -146,6 +156,8 @@ def attention_forward(
         for unused in ("max_seqlen_q", "max_seqlen_k"):
             options.pop(unused, None)
         weights = attention_weights(q, k, **options).to(query.dtype)
+        if not packed:
+            weights = pad(weights, (0, key.shape[2] - weights.shape[3]))  # keys nobody sees
     return out, weights
 
 

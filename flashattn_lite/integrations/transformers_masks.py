@@ -65,6 +65,16 @@ class CompactMask(torch.Tensor):
         """The mask as an ordinary tensor; True is visible."""
         return self._make_dense().expand(self.shape)
 
+    @property
+    def hides_nothing(self) -> bool:
+        """Whether every query sees every key."""
+        return self.options == {"window": (None, None)}
+
+    @property
+    def moves_keys(self) -> bool:
+        """Whether attention counts keys from elsewhere than the first one, in a bias too."""
+        return "leftpad_k" in self.options or "cu_seqlens_k" in self.options
+
     def __repr__(self, **_options: Any) -> str:  # type: ignore[override]
         return f"CompactMask(shape={tuple(self.shape)}, keys={self.keys}, options={self.options})"
 
