@@ -148,6 +148,50 @@ def _lengths(cache_seqlens: Any, q: Tensor) -> Tensor | None:
     return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
 
 
+def _check_together(
+    k: Tensor | None,
+    v: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: Tensor | int | None,
+    cache_batch_idx: Tensor | None,
+    block_table: Tensor | None,
+) -> None:
+    """Arguments that are given together or not at all."""
+    if (k is None) != (v is None):
+        raise ArgumentError(f"{_NAME}: k and v go together; only one of them is given")
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ArgumentError(f"{_NAME}: rotary_cos and rotary_sin go together")
+    if k is not None and cache_seqlens is None:
+        raise ArgumentError(f"{_NAME}: k is given, which needs cache_seqlens to say where it goes")
+    if rotary_cos is not None and k is None:
+        raise ArgumentError(f"{_NAME}: rotary_cos is given, which needs k and v to append")
+    if cache_batch_idx is not None and block_table is not None:
+        raise ArgumentError(f"{_NAME}: cache_batch_idx does not go with block_table")
+
+
+def _check_rows(q: Tensor, k: Tensor | None, v: Tensor | None) -> None:
+    for argument, rows, side in (("q", q, "q"), ("k", k, "new"), ("v", v, "new")):
+        if rows is not None and rows.dim() != 4:
+            heads = "heads_q" if side == "q" else "heads_k"
+            raise ArgumentError(
+                f"{_NAME}: {argument} has shape {tuple(rows.shape)}; it must be (batch, "
+                f"seqlen_{side}, {heads}, head_dim)"
+            )
+
+
+def _capacity(k_cache: Tensor, block_table: Tensor | None) -> int:
+    """Rows that a sequence can have."""
+    if block_table is None:
+        return k_cache.shape[1]
+    if block_table.dim() != 2:
+        raise ArgumentError(
+            f"{_NAME}: block_table has shape {tuple(block_table.shape)}; it must be (batch, "
+            "pages of the longest sequence)"
+        )
+    return k_cache.shape[1] * block_table.shape[1]
+
+
 def _check_caches(k_cache: Tensor, v_cache: Tensor) -> None:
     for argument, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if cache.dim() != 4:
@@ -287,36 +331,14 @@ def flash_attn_with_kvcache(
             cache_seqlens=cache_seqlens if isinstance(cache_seqlens, Tensor) else None,
         ),
     )
-    if (k is None) != (v is None):
-        raise ArgumentError(f"{_NAME}: k and v go together; only one of them is given")
-    if (rotary_cos is None) != (rotary_sin is None):
-        raise ArgumentError(f"{_NAME}: rotary_cos and rotary_sin go together")
-    if k is not None and cache_seqlens is None:
-        raise ArgumentError(f"{_NAME}: k is given, which needs cache_seqlens to say where it goes")
-    if rotary_cos is not None and k is None:
-        raise ArgumentError(f"{_NAME}: rotary_cos is given, which needs k and v to append")
-    if cache_batch_idx is not None and block_table is not None:
-        raise ArgumentError(f"{_NAME}: cache_batch_idx does not go with block_table")
+    _check_together(k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, block_table)
     causal = _argument_types.flag(_NAME, "causal", causal)
     rotary_interleaved = _argument_types.flag(_NAME, "rotary_interleaved", rotary_interleaved)
     return_softmax_lse = _argument_types.flag(_NAME, "return_softmax_lse", return_softmax_lse)
-    for argument, rows, side in (("q", q, "q"), ("k", k, "new"), ("v", v, "new")):
-        if rows is not None and rows.dim() != 4:
-            heads = "heads_q" if side == "q" else "heads_k"
-            raise ArgumentError(
-                f"{_NAME}: {argument} has shape {tuple(rows.shape)}; it must be (batch, "
-                f"seqlen_{side}, {heads}, head_dim)"
-            )
+    _check_rows(q, k, v)
     _check_caches(k_cache, v_cache)
 
-    capacity = k_cache.shape[1]
-    if block_table is not None:
-        if block_table.dim() != 2:
-            raise ArgumentError(
-                f"{_NAME}: block_table has shape {tuple(block_table.shape)}; it must be (batch, "
-                "pages of the longest sequence)"
-            )
-        capacity *= block_table.shape[1]
+    capacity = _capacity(k_cache, block_table)
     window = flash_window(window_size, capacity, _NAME)
     lengths = _lengths(cache_seqlens, q)
     if tree_mask is not None:
