@@ -194,6 +194,15 @@ def test_dropout_follows_torch_seed_and_its_definition() -> None:
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", ((1, 1, 6, 7), (2, 1, 1, 7), (1, 4, 6, 1), (1, 1, 1, 1)))
+def test_a_bias_broadcasts_where_nobody_needs_a_gradient(shape: tuple[int, ...]) -> None:
+    """The operator reads it as it is; with a gradient it is expanded first."""
+    q, k, v = (torch.randn(2, n, 4, 8) for n in (6, 7, 7))
+    bias = torch.randn(shape)
+    expanded = bias.expand(2, 4, 6, 7).contiguous()
+    assert torch.equal(attention(q, k, v, bias=bias), attention(q, k, v, bias=expanded))
+
+
 def test_attention_weights_take_a_bias_of_any_rank() -> None:
     q, k = torch.randn(2, 3, 4, 8), torch.randn(2, 5, 2, 8)
     bias = torch.randn(3, 5)

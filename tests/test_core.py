@@ -224,6 +224,15 @@ def test_dense_cursors_visit_what_is_visible_once(transposed: bool) -> None:
                 assert (tiles[:, 0] % inner == 0).all(), (case, begin, end, inner)
 
 
+def test_a_whole_tile_of_keys_is_seen_by_every_row_or_not() -> None:
+    for case, band, seen in every_band():
+        for begin, end in row_tiles(seen.shape[0], 3):
+            for tile, start in itertools.product((1, 4), range(seen.shape[1])):
+                keys = seen[begin:end, start : start + tile]
+                whole = keys.shape[1] == tile and bool(keys.all())
+                assert core.full_from(band, begin, end, tile, start) == whole, (case, begin, start)
+
+
 def test_cursors_over_an_empty_tile_visit_nothing() -> None:
     band = core.Band(5, 7, UNBOUNDED, UNBOUNDED)
     assert core.tiles_of_rows(band, 3, 3, 4)[1] == 0

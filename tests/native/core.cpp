@@ -119,6 +119,11 @@ void define_tiles(py::module_& m) {
     const auto cursor = fal::DenseTilesOfRows::make(band, {begin, end}, tile_keys);
     return py::make_tuple(walk(cursor), cursor.count());
   });
+  // Whether every row of the tile sees tile_keys keys from key `from` on.
+  m.def("full_from",
+        [](const Band& band, int32_t begin, int32_t end, int32_t tile_keys, int32_t from) {
+          return fal::DenseTilesOfRows::make(band, {begin, end}, tile_keys).full(from);
+        });
   m.def("tiles_of_keys", [](const Band& band, int32_t begin, int32_t end, int32_t tile_rows) {
     const auto cursor = fal::DenseTilesOfKeys::make(band, {begin, end}, tile_rows);
     return py::make_tuple(walk(cursor), cursor.count());
