@@ -143,6 +143,10 @@ class TransformableAttention(torch.autograd.Function):
 
     backward = Attention.backward
 
+    @staticmethod
+    def jvp(ctx: Any, *_tangents: Tensor) -> None:  # of a gradient's forward pass: a hessian
+        raise NotImplementedError(_no_forward_mode(ctx.caller))
+
 
 class _Backward(torch.autograd.Function):
     """The backward operator where its results might be differentiated: that raises."""
@@ -163,11 +167,17 @@ class _Backward(torch.autograd.Function):
             f"{ctx.caller}: second derivatives are not implemented by the kernels; {_REMEDY}"
         )
 
+    @staticmethod
+    def jvp(ctx: Any, *_tangents: Tensor) -> None:
+        raise NotImplementedError(_no_forward_mode(ctx.caller))
+
+
+def _no_forward_mode(name: str) -> str:
+    return f"{name}: forward-mode differentiation is not implemented by the kernels; {_REMEDY}"
+
 
 def refuse_tangents(name: str, *tensors: Tensor | None) -> None:
     """Forward-mode differentiation would pass the operators by and give zeros."""
     for t in tensors:
         if t is not None and forward_ad.unpack_dual(t).tangent is not None:  # type: ignore[no-untyped-call]
-            raise NotImplementedError(
-                f"{name}: forward-mode differentiation is not implemented by the kernels; {_REMEDY}"
-            )
+            raise NotImplementedError(_no_forward_mode(name))

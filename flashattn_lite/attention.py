@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _is_any_autocast_enabled
-from torch._C._functorch import maybe_current_level
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from typing_extensions import Unpack
@@ -295,6 +294,11 @@ def attention(
             v_scale=v_scale,
         )
         return (out, lse) if return_lse else out
+    transformed = _are_functorch_transforms_active()
+    if transformed and is_compiling():  # its inputs would say that they require no gradient
+        _argument_types.break_graph(
+            name, "torch.func's transforms are not traced; leave them, or fullgraph=True, out"
+        )
     if forward_ad._current_level >= 0:
         refuse_tangents(name, q, k, v, sinks, bias)
     needs_grad = torch.is_grad_enabled() and (
@@ -306,7 +310,6 @@ def attention(
     )
     if needs_grad:
         _refuse_gradients(name, q, v, bias)
-    transformed = needs_grad and maybe_current_level() is not None
     try:
         if (
             cu_seqlens_q is None
@@ -426,7 +429,7 @@ def plain_attention(
                 torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
             ):
                 return _ops.forward_plain_untraced(q, k, v, *options)  # type: ignore[no-any-return]
-            if maybe_current_level() is None:
+            if not _are_functorch_transforms_active():
                 return apply_plain(q, k, v, options, name)
         except RuntimeError:
             pass

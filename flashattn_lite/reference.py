@@ -118,7 +118,7 @@ def dropout_keep(
     Returns: bool (*batch_heads.shape, seqlen_q, seqlen_k).
     """
     device = batch_heads.device
-    key = torch.as_tensor(seed, dtype=torch.int64).reshape(()).to(device)
+    key = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
     rows = torch.arange((seqlen_q + 15) // 16 * 8, device=device).unsqueeze(1)
     columns = torch.arange((seqlen_k + 15) // 16 * 4, device=device).unsqueeze(0)
     heads = batch_heads.to(torch.int64)[..., None, None]

@@ -220,6 +220,8 @@ def test_forward_mode_is_refused_with_the_remedy() -> None:
     for function in (attention, flash_attn_func):
         with pytest.raises(NotImplementedError, match=r"forward-mode .* use float64"):
             torch.func.jvp(lambda q, f=function: f(q, q, q), (q,), (q,))
+        with pytest.raises(NotImplementedError, match=r"forward-mode .* use float64"):
+            torch.func.hessian(lambda q, f=function: f(q, q, q).sum())(q)
     exact, tangent = torch.func.jvp(lambda q: attention(q, q, q), (q.double(),), (q.double(),))
     step = 1e-6 * q.double()
     shifted = attention(*[q.double() + step] * 3)

@@ -159,6 +159,23 @@ def test_what_has_to_be_read_ends_the_graph_and_fullgraph_says_why() -> None:
         assert torch.equal(compiled(*arguments), function(*arguments))
 
 
+@pytest.mark.parametrize("window", [(-1, -1), (2, 2)])
+def test_function_transforms_are_not_traced_but_right(window: tuple[int, int]) -> None:
+    """In a trace their inputs say that they require no gradient: it came out as zero."""
+    q = torch.randn(1, 5, 2, 8)
+
+    def gradient(q: Tensor) -> Tensor:
+        loss = torch.func.grad(lambda q: flash_attn_func(q, q, q, window_size=window).norm())
+        return loss(q)  # type: ignore[no-any-return]
+
+    compiled = torch.compile(gradient, backend="aot_eager")
+    assert torch.equal(compiled(q), gradient(q)) and gradient(q).any()
+    torch._dynamo.reset()
+    whole = torch.compile(gradient, backend="aot_eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch.func's transforms are not"):
+        whole(q)
+
+
 def test_inductor() -> None:
     """Code generation and all: needs a C++ compiler at run time, as the build did."""
     q, k, v = (torch.randn(2, 9, 2, 8, requires_grad=True) for _ in range(3))

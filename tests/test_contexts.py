@@ -98,6 +98,15 @@ def test_what_has_no_gradient_is_taken_where_none_is_wanted() -> None:
         flash_attn_func(Q, Q, Q, softmax_scale=scale)  # type: ignore[arg-type]
 
 
+def test_dropout_is_drawn_on_the_inputs_device() -> None:
+    torch.manual_seed(3)
+    expected = flash_attn_func(Q, Q, Q, 0.3, return_attn_probs=True)
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        results = flash_attn_func(Q, Q, Q, 0.3, return_attn_probs=True)
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
 def test_views_that_are_negated_when_read() -> None:
     negated = torch._neg_view(Q)
     assert torch.equal(attention(negated, Q, Q), attention(-Q, Q, Q))  # type: ignore[arg-type]
