@@ -107,6 +107,18 @@ BAD: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (attention, qkv(seqused_k=ints(6, 7)), "seqused_k[1] is 7; it must be 0 to 6"),
     (attention, qkv(seqused_q=ints(-1, 2)), "seqused_q[0] is -1; it must be 0 to 6"),
     (attention, qkv(leftpad_k=ints(0, 9)), "leftpad_k[1] is 9; it must be 0 to 6"),
+    *(
+        (
+            attention,
+            varlen(**{cu: ints(0, 20, 64), longest: 44, given: ints(21, 44)}),
+            f"{given}[0] is 21; it must be 0 to 20",
+        )
+        for given, cu, longest in (
+            ("seqused_q", "cu_seqlens_q", "max_seqlen_q"),
+            ("seqused_k", "cu_seqlens_k", "max_seqlen_k"),
+            ("leftpad_k", "cu_seqlens_k", "max_seqlen_k"),
+        )
+    ),
     (
         attention,
         paged(block_table=ints(0, 1, 2, 5).reshape(2, 2)),
