@@ -85,6 +85,34 @@ def test_position_bias_has_a_gradient_and_goes_with_masks(kind: str) -> None:
     torch.testing.assert_close(bias.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_a_sink_for_each_query_joins_the_softmax() -> None:
+    q, k, v = qkv(6, 6)
+    sinks = torch.randn(2, 4, 6, 1, requires_grad=True)
+    ours, _ = integration.attention_forward(Layer(True), q, k, v, create_mask(2, 6, 6), sinks=sinks)
+    ours.square().sum().backward()
+    wide = sinks.detach().double().requires_grad_()
+    scores = q.double() @ k.repeat_interleave(2, 1).mT.double() * 8**-0.5
+    scores = scores.masked_fill(~torch.ones(6, 6).tril().bool(), -torch.inf)
+    weights = torch.softmax(torch.cat([scores, wide], -1), -1)[..., :-1]
+    expected = (weights @ v.repeat_interleave(2, 1).double()).transpose(1, 2)
+    expected.square().sum().backward()
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sinks.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ArgumentError, match="sinks, a logit for each query, go neither"):
+        integration.attention_forward(
+            Layer(True), q, k, v, create_mask(2, 6, 6), sinks=sinks, output_attentions=True
+        )
+
+
+def test_columns_of_0_appended_to_a_mask_are_visible() -> None:
+    """What models with compressed keys do, as eager attention's masks let them (DeepSeek V4)."""
+    mask = torch.nn.functional.pad(create_mask(2, 4, 4), (0, 2), value=0.0)
+    dense = torch.cat([torch.ones(4, 4).tril(), torch.ones(4, 2)], 1).bool().expand(2, 1, 4, 6)
+    q, k, v = qkv(4, 6)
+    ours, _ = integration.attention_forward(Layer(True), q, k, v, mask)
+    torch.testing.assert_close(ours.double(), sdpa(q, k, v, dense), rtol=1e-5, atol=1e-6)
+
+
 def test_weights_on_request_are_eagers() -> None:
     q, k, v = qkv(6, 6)
     mask = create_mask(2, 6, 6)
@@ -151,9 +179,10 @@ def test_masks_mean_what_transformers_means(rule: str, padding: str, rows: str) 
     if possible and (rule != "packed" or (rows == "all" and padding == "none")):
         assert isinstance(mask, CompactMask)
     if isinstance(mask, CompactMask):
-        assert torch.equal(mask.dense(), dense)
-        assert torch.equal(mask & True, dense)  # any operation sees the dense mask
-        assert torch.equal(mask[:, :, 0], dense[:, :, 0])
+        added = torch.zeros(()).where(dense, -torch.inf)
+        assert mask.dtype == added.dtype and torch.equal(mask.dense(), added)
+        assert torch.equal(mask + 0, added)  # any operation sees the dense mask
+        assert torch.equal(mask[:, :, 0], added[:, :, 0])
     q, k, v = qkv(q_length, kv_length)
     ours, _ = integration.attention_forward(Layer(True), q, k, v, mask)
     expected = sdpa(q, k, v, dense)
@@ -169,5 +198,5 @@ def test_masks_mean_what_transformers_means(rule: str, padding: str, rows: str) 
 
 def test_a_compact_mask_holds_no_elements() -> None:
     mask = create_mask(1, 1 << 20, 1 << 20)  # 2^40 elements, if it were dense
-    assert mask.shape == (1, 1, 1 << 20, 1 << 20) and mask.dtype == torch.bool
+    assert mask.shape == (1, 1, 1 << 20, 1 << 20) and mask.dtype == torch.float32
     assert "CompactMask(shape=(1, 1, 1048576, 1048576)" in repr(mask)

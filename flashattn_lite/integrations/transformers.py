@@ -62,6 +62,7 @@ def attention_forward(
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
     cache: Any = None,
     **kwargs: Any,
@@ -83,6 +84,8 @@ def attention_forward(
         softcap: scores become softcap * tanh(score / softcap).
         is_causal: default: the module's, or True.
         s_aux: (heads_q), sinks: logits that join the softmax's denominator; differentiable.
+        sinks: (batch, heads_q, seqlen_q, 1), such a logit for each query; differentiable. Not with
+            s_aux, packed sequences or output_attentions.
         position_bias: broadcasts to the scores, added to them; differentiable.
         cache: transformers' paged cache, with continuous batching.
         kwargs: cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed sequences, in a
@@ -141,14 +144,23 @@ def attention_forward(
         if position_bias is not None:
             raise ArgumentError("transformers: position_bias does not go with packed sequences")
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    out = attention(
+    if sinks is not None and (packed or s_aux is not None or kwargs.get("output_attentions")):
+        raise ArgumentError(
+            "transformers: sinks, a logit for each query, go neither with packed sequences nor "
+            "with s_aux or output_attentions"
+        )
+    out: Any = attention(
         *(q, k, v),
         dropout_p=dropout,
         deterministic=bool(kwargs.get("deterministic")),
+        return_lse=sinks is not None,
         name="transformers",
         **options,
     )
-    assert isinstance(out, Tensor)
+    if sinks is not None:
+        out, lse = out
+        share = torch.sigmoid(lse[..., None] - sinks)  # of the softmax that the keys keep
+        out = out * share.transpose(1, 2).to(out.dtype)
     if packed:
         out = out.view(batch, -1, *out.shape[1:])
     weights = None

@@ -36,8 +36,9 @@ class KernelOptions(TypedDict, total=False):
 
 
 class CompactMask(torch.Tensor):
-    """A bool mask (batch, 1, seqlen_q, seqlen_k) that is known by its rule. Any operation on it
-    works on the dense mask, which is made then; attention uses ``keys`` and ``options`` instead."""
+    """A mask of 0 and -inf, (batch, 1, seqlen_q, seqlen_k), that is known by its rule. Any
+    operation on it works on the dense mask, which is made then; attention uses ``keys`` and
+    ``options`` instead. Not a bool one: models that know eager attention alone append scores."""
 
     keys: int
     """How many of the keys, from the first, are to be passed."""
@@ -50,20 +51,21 @@ class CompactMask(torch.Tensor):
         cls,
         shape: tuple[int, int, int, int],
         device: torch.device,
+        dtype: torch.dtype,
         keys: int,
         band: Band,
         options: KernelOptions,
         make_dense: Callable[[], Tensor],
     ) -> CompactMask:
         mask: CompactMask = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=torch.bool, device=device
+            cls, shape, dtype=bias_of(torch.empty(0, dtype=torch.bool), dtype).dtype, device=device
         )
         mask.keys, mask.band, mask.options, mask._make_dense = keys, band, options, make_dense
         return mask
 
     def dense(self) -> Tensor:
-        """The mask as an ordinary tensor; True is visible."""
-        return self._make_dense().expand(self.shape)
+        """The mask as an ordinary tensor."""
+        return bias_of(self._make_dense(), self.dtype).expand(self.shape)
 
     @property
     def hides_nothing(self) -> bool:
@@ -263,6 +265,7 @@ def create_mask(
             return CompactMask(
                 (batch_size, 1, q_length, kv_length),
                 torch.device(device),
+                dtype,
                 *found[:1],
                 Band(rule.left, rule.right),
                 found[1],
