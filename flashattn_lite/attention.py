@@ -245,6 +245,7 @@ def attention(
     if sinks is not None and sinks.dtype in (torch.float16, torch.bfloat16):
         sinks = sinks.float()
     if bias is not None:
+        _argument_types.dense(name, q=q, bias=bias)
         bias = bias[(None,) * (4 - bias.dim())]
     if block_mask is not None and not isinstance(block_mask, BlockMask):
         raise TypeError(

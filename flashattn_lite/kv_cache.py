@@ -83,7 +83,9 @@ def append_kv_cache(
             f"{name}: {'k_cache' if k_cache.is_neg() else 'v_cache'} is a view that torch negates "
             "when it is read; call .resolve_neg() on it"
         )
-    longest = k.shape[0] if max_seqlen is None else max_seqlen
+    longest = max_seqlen
+    if longest is None:
+        longest = k.shape[0] if k.dim() else 0
     if type(longest) is not int:
         longest = _argument_types.index(name, "max_seqlen", longest)
     try:

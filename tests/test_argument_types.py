@@ -47,6 +47,7 @@ TABLE, ROW = torch.zeros(9, 4), torch.zeros(6, 2, 8)
 HEADS_FIRST = Q.transpose(1, 2)
 FP8 = Q[None, ..., 0].to(torch.float8_e4m3fn)
 SPARSE, NESTED = Q.to_sparse(), torch.nested.nested_tensor([Q[0], Q[1]])
+SPARSE_CSR = TABLE.to_sparse_csr()
 F8, QKV = torch.float8_e4m3fn, torch.zeros(2, 3, 3, 2, 8)
 RAGGED = {"k": ROW, "v": ROW, "cu_seqlens": CU, "block_table": CU.new_tensor([[0], [1]])}
 
@@ -150,6 +151,8 @@ def used_sdpa(*arguments: Any) -> Any:
         (lambda: scaled_dot_product_attention(*[HEADS_FIRST.numpy()] * 3), "query is a ndarray; i"),
         (lambda: scaled_dot_product_attention(Q, Q, Q, scale=math.nan), "scale is nan; it must be"),
         (lambda: used_sdpa(Q, Q, 3), "value is 3; it must be a torch.Tensor"),
+        (lambda: append(k=Q[0, 0, 0, 0]), "k has shape (); it must be (batch, seqlen, heads"),
+        (lambda: attention(Q, Q, Q, bias=SPARSE_CSR), "bias is a sparse tensor; it must be a"),
         (lambda: append(k=[1]), "k is [1]; it must be a torch.Tensor"),
         (lambda: append(v=Q.to("meta")), "v is on meta but k is on cpu"),
         (lambda: append(k=Q.to_sparse()), "k is a sparse tensor; it must be a dense one"),
