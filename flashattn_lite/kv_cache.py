@@ -78,11 +78,13 @@ def append_kv_cache(
     if type(rotary_interleaved) is not bool:
         rotary_interleaved = _argument_types.flag(name, "rotary_interleaved", rotary_interleaved)
     k, v = _unit_last(k), _unit_last(v)
-    if k_cache.is_neg() or v_cache.is_neg():
-        raise ArgumentError(
-            f"{name}: {'k_cache' if k_cache.is_neg() else 'v_cache'} is a view that torch negates "
-            "when it is read; call .resolve_neg() on it"
-        )
+    if not torch.compiler.is_compiling():
+        if k_cache.is_neg() or v_cache.is_neg():
+            raise ArgumentError(
+                f"{name}: {'k_cache' if k_cache.is_neg() else 'v_cache'} is a view that torch "
+                "negates when it is read; call .resolve_neg() on it"
+            )
+        k, v = k.resolve_neg(), v.resolve_neg()
     longest = max_seqlen
     if longest is None:
         longest = k.shape[0] if k.dim() else 0
@@ -90,8 +92,7 @@ def append_kv_cache(
         longest = _argument_types.index(name, "max_seqlen", longest)
     try:
         _ops.append_kv(
-            *(k.resolve_neg(), v.resolve_neg(), k_cache, v_cache),
-            *(cache_seqlens, block_table, cu_seqlens, longest),
+            *(k, v, k_cache, v_cache, cache_seqlens, block_table, cu_seqlens, longest),
             *(k_scale, v_scale, rotary_cos, rotary_sin, rotary_interleaved),
         )
     except RuntimeError as error:

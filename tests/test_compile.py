@@ -16,6 +16,7 @@ from flashattn_lite import (
     attention_weights,
     flash_attn_func,
     flash_attn_varlen_func,
+    flash_attn_with_kvcache,
 )
 from flashattn_lite.testing import EDGE_CASES, Case, make_inputs
 
@@ -174,6 +175,23 @@ def test_function_transforms_are_not_traced_but_right(window: tuple[int, int]) -
     whole = torch.compile(gradient, backend="aot_eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch.func's transforms are not"):
         whole(q)
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_a_step_over_a_cache_is_one_graph(tree: bool) -> None:
+    options: dict[str, Any] = {"causal": True}
+    if tree:
+        options = {"tree_mask": torch.ones(3, 3, dtype=torch.bool).tril()}
+
+    def step(q: Tensor, k: Tensor, cache: Tensor, used: Tensor) -> Any:
+        out = flash_attn_with_kvcache(q, cache, cache.clone(), k, k, cache_seqlens=used, **options)
+        return out, cache + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    used, cache = torch.tensor([4, 7], dtype=torch.int32), torch.randn(2, 16, 2, 8)
+    q, k = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 2, 8)
+    expected, actual = step(q, k, cache.clone(), used), compiled(q, k, cache.clone(), used)
+    assert all(torch.equal(a, b) for a, b in zip(expected, actual, strict=True))
 
 
 def test_inductor() -> None:
