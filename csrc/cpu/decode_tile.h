@@ -12,25 +12,15 @@
 // are gathered into passes changes no bit.
 #pragma once
 
-#include "pack.h"
+#include "decode_keys.h"
 
 namespace fal::cpu::FAL_CPU_ISA {
 
-constexpr int kDecodeKeys = 16;  // a power of two: the sum over a tile is a tree
 // Most query rows that share a load: with 8 lanes the sums of 4 rows and the operands fill the
 // registers.
 constexpr int kDecodeGroup = kLanes >= 16 ? 8 : 4;
-constexpr int kDecodeColumns = 64;  // of a pass, at most: Q and the scores then stay in L1
 // Vectors of O that stay in registers: half of the 16 or 32 there are.
 constexpr int kDecodeAccumulators = kRows > 6 || kVectors > 2 ? 16 : 8;
-
-// The heads that one item walks together.
-struct DecodeHeads {
-  int first, count;            // count is a power of two
-  int64_t k_stride, v_stride;  // elements from a head's row to the next head's
-
-  FAL_INLINE int shift() const { return __builtin_ctz(count); }
-};
 
 // Two loads a line instead of one: the processor's prefetchers then run further ahead.
 #if defined(__AVX512F__)
@@ -56,7 +46,6 @@ struct DecodeProduct {
   using Row = Float;
   static constexpr int kStep = kLanes;
   static constexpr bool kScaledQ = true;  // the scale is in Q
-  static constexpr float kUnit = 1.f;     // of the elements as loaded: the factors make up for it
 
   FAL_INLINE static Row row(const E* k) { return load_row(k); }
   FAL_INLINE static Row row_first(const E* k, int n) { return load_first(k, n); }
@@ -71,7 +60,6 @@ struct DecodeProduct<Float8E4M3> {
   };
   static constexpr int kStep = 2 * kLanes;
   static constexpr bool kScaledQ = true;
-  static constexpr float kUnit = kFloat8Unit;
 
   FAL_INLINE static Row row(const Float8E4M3* k) {
     Row x;
@@ -95,7 +83,6 @@ struct DecodeProduct<BFloat16> {
   using Row = __m512i;
   static constexpr int kStep = 2 * kLanes;
   static constexpr bool kScaledQ = false;
-  static constexpr float kUnit = 1.f;
 
   FAL_INLINE static Row row(const BFloat16* k) { return load_line(k); }
   FAL_INLINE static Row row_first(const BFloat16* k, int n) {
@@ -124,109 +111,6 @@ FAL_INLINE void load_values(const Float8E4M3* row, int d, int dims, Float (&x)[k
     static_assert(kWidth % 2 == 0, "vectors come in pairs");
 #pragma GCC unroll 16
     for (int w = 0; w < kWidth; w += 2) load_units(row + d + w * kLanes, &x[w], &x[w + 1]);
-  }
-}
-
-// A tile's keys, wherever they are: rows of the first head. Entries past the last key repeat it.
-template <class E>
-struct DecodeKeys {
-  static constexpr bool kQuantised = sizeof(E) == 1;
-  static constexpr int kScales = kQuantised ? kDecodeKeys * kDecodeColumns + kLanes : 1;
-  static constexpr float kUnit = DecodeProduct<E>::kUnit;
-
-  int count;
-  const E *k[kDecodeKeys + kLanes], *v[kDecodeKeys + kLanes];
-  float k_scale[kScales], v_scale[kScales];  // [key][head]
-
-  FAL_INLINE void fetch(const KvRuns& runs, const DecodeHeads& heads, int begin, int n) {
-    const int64_t k_stride = runs.k_stride(), v_stride = runs.v_stride();
-    count = n;
-    for (int r = 0; r < n;) {
-      const KvRun run = runs.at(begin + r);
-      const int rows = min_int(n - r, run.rows);
-      for (int i = 0; i < rows; ++i) {
-        k[r + i] = reinterpret_cast<const E*>(run.k + i * k_stride);
-        v[r + i] = reinterpret_cast<const E*>(run.v + i * v_stride);
-      }
-      if constexpr (kQuantised) {
-        const RowStats &ks = runs.kv.k_scale, &vs = runs.kv.v_scale;
-        for (int i = 0; i < rows; ++i) {
-          for (int h = 0; h < heads.count; ++h) {
-            k_scale[(r + i) * heads.count + h] = run.k_scale[i * ks.row + h * ks.head] * kUnit;
-            v_scale[(r + i) * heads.count + h] = run.v_scale[i * vs.row + h * vs.head] * kUnit;
-          }
-        }
-      }
-      r += rows;
-    }
-    for (int i = 0; i < kLanes; ++i) {
-      k[n + i] = k[n - 1];
-      v[n + i] = v[n - 1];
-    }
-    if constexpr (kQuantised) {
-      // The lanes of the last vectors that hold no key; their products are replaced or 0.
-      for (int i = n * heads.count; i < kDecodeKeys * heads.count + kLanes; ++i) {
-        k_scale[i] = v_scale[i] = 0.f;
-      }
-    }
-  }
-};
-
-// Into L2: the lines come in memory order, and L1 has no room for a tile.
-template <class E>
-FAL_INLINE void prefetch_row(const E* row, int dims) {
-  const char* begin = reinterpret_cast<const char*>(row);
-  for (int at = 0; at < dims * static_cast<int>(sizeof(E)); at += 64) {
-    __builtin_prefetch(begin + at, 0, 2);
-  }
-}
-
-// One line of every 4 KB that rows of `width` bytes touch, `stride` apart.
-FAL_INLINE void prefetch_pages(const char* first, int64_t stride, int rows, int64_t width) {
-  constexpr int64_t kPage = 4096;
-  int64_t next = 0;
-  for (int i = 0; i < rows; ++i) {
-    for (int64_t at = i * stride; at < i * stride + width; at += kPage) {
-      if (at < next) continue;
-      __builtin_prefetch(first + at, 0, 2);
-      next = at + kPage;
-    }
-  }
-}
-
-// Of the tile that begins with key `begin`, a tile before it is needed: finding where its memory
-// pages are takes longer than reading them.
-template <class E>
-FAL_INLINE void prefetch_pages_of_tile(const KvRuns& runs, const DecodeHeads& heads, int begin,
-                                       int dims, int dims_v) {
-  const KvRun run = runs.at(begin);
-  const int rows = min_int(run.rows, kDecodeKeys);
-  const auto width = [&](int64_t head_stride, int dims) {
-    return ((heads.count - 1) * head_stride + dims) * static_cast<int64_t>(sizeof(E));
-  };
-  prefetch_pages(run.k, runs.k_stride(), rows, width(heads.k_stride, dims));
-  prefetch_pages(run.v, runs.v_stride(), rows, width(heads.v_stride, dims_v));
-}
-
-// How many rows of K are asked for ahead of those in use. The processor's prefetchers start anew in
-// every 4 KB and lag behind rows of 16 bits and less; with fp32 they keep up, and this only costs.
-template <class E>
-FAL_INLINE int rows_ahead(int dims) {
-  constexpr int kBytes = 4096;
-  return sizeof(E) > 2 ? 0 : kBytes / (dims * static_cast<int>(sizeof(E)));
-}
-
-// The first of those of the tile that begins with key `begin`.
-template <class E>
-FAL_INLINE void prefetch_first_rows(const KvRuns& runs, const DecodeHeads& heads, int begin,
-                                    int dims) {
-  const int ahead = rows_ahead<E>(dims);
-  if (ahead == 0) return;
-  const KvRun run = runs.at(begin);
-  const int rows = min_int(ahead, min_int(run.rows, kDecodeKeys) << heads.shift());
-  for (int i = 0; i < rows; ++i) {
-    const auto* key = reinterpret_cast<const E*>(run.k + (i >> heads.shift()) * runs.k_stride());
-    prefetch_row(key + (i & (heads.count - 1)) * heads.k_stride, dims);
   }
 }
 
