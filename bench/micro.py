@@ -5,7 +5,7 @@
     instructions   cycles of what the inner loops of csrc/cpu are made of, AMX where there is any;
                    what the exponentials cost, and their errors
     reads          GB/s of one thread: over the size, and over a KV cache in two orders
-    rows           decoding: nanoseconds for each key and head while all of K and V is in L1
+    rows           decoding: nanoseconds for each key and head while all of K and V is in L2
     masks          decoding under block masks; what a mask costs that hides nothing
     calls          what an operator of few and of many arguments costs to call
 
@@ -54,19 +54,22 @@ def in_turn(runs: dict[str, Run]) -> dict[str, Samples]:
 
 
 def rows() -> None:
-    """All keys of a head are one row (a stride of 0), so K and V stay in L1 whatever their number;
-    what another 128 dims cost tells K's share from V's."""
-    keys, heads = 8192, 8
+    """All sequences of a batch share their keys (a stride of 0): K and V stay in L2."""
+    batch, keys, heads = 128, 64, 8
+    dims = {f"{dim} dims": dim for dim in (64, 96, 128)}
     print(
-        "| 8192 keys, 8 heads of 128 | K, ns a row | V | both, and the softmax |\n|---|--:|--:|--:|"
+        f"| ns for each of {keys} keys and {heads} heads | "
+        + " | ".join(dims)
+        + " |\n|---|--:|--:|--:|"
     )
 
-    def decode(heads_q: int, dtype: torch.dtype, storage: torch.dtype, dim: int, dim_v: int) -> Run:
+    def decode(heads_q: int, dtype: torch.dtype, storage: torch.dtype, dim: int) -> Run:
         k, v = (
-            torch.randn(1, 1, heads, d).to(storage).expand(1, keys, heads, d) for d in (dim, dim_v)
+            torch.randn(1, keys, heads, dim).to(storage).expand(batch, keys, heads, dim)
+            for _ in range(2)
         )
-        q = torch.randn(1, 1, heads_q, dim).to(dtype)
-        factor = torch.full((1, 1, heads), 0.01).expand(1, keys, heads)
+        q = torch.randn(batch, 1, heads_q, dim).to(dtype)
+        factor = torch.full((1, keys, heads), 0.01).expand(batch, keys, heads)
         factors = {} if storage == dtype else {"k_scale": factor, "v_scale": factor}
         return lambda: attention(q, k, v, **factors)
 
@@ -78,15 +81,12 @@ def rows() -> None:
             ("int8", torch.bfloat16, torch.int8),
             ("fp8", torch.bfloat16, torch.float8_e4m3fn),
         ):
-            shapes = {"both": (128, 128), "more K": (256, 128), "more V": (128, 256)}
-            found = in_turn(
-                {shape: decode(heads_q, dtype, storage, *dims) for shape, dims in shapes.items()}
+            runs = {label: decode(heads_q, dtype, storage, dim) for label, dim in dims.items()}
+            found = in_turn(runs)
+            cells = (1e9 * found[label].median("cpu") / (batch * keys * heads) for label in dims)
+            print(
+                f"| {heads_q} / {heads}, {name} | " + " | ".join(f"{x:.1f}" for x in cells) + " |"
             )
-            both, more_k, more_v = (
-                1e9 * found[shape].median("cpu") / (keys * heads) for shape in shapes
-            )
-            cells = (more_k - both, more_v - both, both)
-            print(f"| {heads_q} / 8, {name} | " + " | ".join(f"{x:.1f}" for x in cells) + " |")
 
 
 def masks() -> None:

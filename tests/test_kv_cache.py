@@ -63,13 +63,22 @@ def test_threads_change_no_bit(isa: str) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_a_cache_larger_than_l3_has_the_same_bits(isa: str) -> None:
+@pytest.mark.parametrize("page_size", (None, 5, 16))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_a_cache_larger_than_l3_has_the_same_bits(
+    dtype: torch.dtype, page_size: int | None, isa: str
+) -> None:
     """It is walked key by key, K and V in turns, unless its heads lie apart."""
-    n = 4501
-    q, k, v = (seeded(1, rows, 8, 128, dtype=torch.float32) for rows in (1, n, n))
-    assert 2 * k.nbytes > 32 * 2**20
+    n = 2101 if dtype == torch.float32 else 4205
+    q, k, v = (seeded(1, rows, 8, 64, dtype=dtype) for rows in (1, n, n))
+    assert 2 * k.nbytes > 8 * 2**20
     apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
-    assert torch.equal(decode(q, k, v, (n,)), decode(q, *apart, (n,)))
+    together, options = [k, v], {}
+    if page_size:
+        cache = kv_caches.make_cache(f"page{page_size}", "same", [k[0]], [v[0]], n)
+        together, options = [cache.k, cache.v], cache.options
+    result = decode(q, *together, (n,), **options)
+    assert torch.equal(result, decode(q, *apart, (n,)))
 
 
 @pytest.mark.parametrize("page_size", (1, 5, 16, 64, 256))
@@ -311,14 +320,3 @@ def test_errors_name_the_argument_and_write_nothing(case: str) -> None:
     assert message in str(caught.value)
     for old, new in zip(before, caches, strict=True):
         assert torch.equal(kv_caches.bits(old), kv_caches.bits(new))
-
-
-def test_two_entries_may_write_one_sequence_row_behind_row() -> None:
-    """cache_batch_idx names it twice; the second's rows begin where the first's end."""
-    arguments = _contiguous(
-        **{"cache_batch_idx": int32(1, 1), "cache_seqlens": int32(4, 6)},
-        **{"k": torch.randn(2, 2, 2, 8), "v": torch.randn(2, 2, 2, 8)},
-    )
-    fal.flash_attn_with_kvcache(**arguments)
-    for new, cache in (("k", "k_cache"), ("v", "v_cache")):
-        assert torch.equal(arguments[cache][1, 4:8], arguments[new].flatten(0, 1))

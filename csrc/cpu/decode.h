@@ -112,11 +112,18 @@ struct DecodeTile {
   }
 };
 
+// A few keys of K and of V in turns, as memory holds them? O then passes through L1 for every key,
+// while tile by tile it stays in registers: that pays for one query row a head, and rows as long as
+// fp32's.
+template <class E, int M>
+FAL_INLINE bool streams(const DecodePlan& plan) {
+  return sizeof(E) == sizeof(float) && M == 1 && plan.from_memory && plan.short_rows;
+}
+
 // O += P V of one tile and S = K Q^T of the next (either may be null).
 //
-// Tile by tile O stays in registers; V, read a head at a time, is prefetched while K is multiplied.
-// Streaming, a few keys of each in turns, memory delivers rows of K and V one after the other, each
-// element once; O passes through L1 for every key, which pays only for rows as long as fp32's.
+// Tile by tile, V, read a head at a time, is prefetched while K is multiplied. Streaming, memory
+// delivers rows of K and V one after the other, each element once.
 template <class E, int M>
 static FAL_NOINLINE void decode_products(const DecodeItem& item, const DecodeScratch& s,
                                          const DecodeState& state, const DecodeTile<E>* values,
@@ -127,16 +134,21 @@ static FAL_NOINLINE void decode_products(const DecodeItem& item, const DecodeScr
   const int q_ld = round_up(dims, Product::kStep), columns = item.columns();
   // Unless it is in Q; decode_modify() applies it to the scores that it modifies.
   const float scale = plan.general ? 1.f : plan.problem.score.scale * kLog2E;
-  const bool streaming = sizeof(E) == sizeof(float) && M == 1 && plan.streaming;
+  const bool streaming = streams<E, M>(plan);
   const int step = streaming ? max_int(1, kLanes / M >> item.heads.shift()) : kDecodeKeys;
+  // Of 16-bit rows from memory without loops, prefetches come faster than they are taken.
+  const int known = dims != dims_v || (sizeof(E) == 2 && plan.from_memory) ? 0 : dims;
+  auto* const multiply_keys = known == 128  ? &decode_scores<E, M, 128>
+                              : known == 64 ? &decode_scores<E, M, 64>
+                                            : &decode_scores<E, M, 0>;
   for (int pass = 0; pass < item.passes; ++pass) {
     const auto* q = reinterpret_cast<const typename Product::Query*>(s.q) +
                     static_cast<int64_t>(pass) * columns * q_ld;
     float* out = state.out + static_cast<int64_t>(pass) * columns * plan.out_ld;
     const int at = pass * kDecodeKeys * columns, lanes = pass * item.column_ld();
-    const auto multiply = [&](Range keys, auto prefetch) {
-      decode_scores<E, M, decltype(prefetch)::value>(scores->keys, item.heads, keys, q, q_ld, dims,
-                                                     dims_v, scale, scores->scores + at);
+    const auto multiply = [&](Range keys) {
+      multiply_keys(scores->keys, item.heads, keys, q, q_ld, dims, dims_v, pass == 0 && !streaming,
+                    scale, scores->scores + at);
     };
     const auto add = [&](Range keys) {
       decode_values<E, M>(values->keys, item.heads, keys, values->scores + at, dims_v, out,
@@ -151,14 +163,7 @@ static FAL_NOINLINE void decode_products(const DecodeItem& item, const DecodeScr
     }
     for (int key = 0; key < kDecodeKeys; key += step) {
       const Range keys{key, key + step};
-      if (scores) {
-        const Range some = intersect(keys, {0, scores->range.size()});
-        if (pass == 0 && !streaming) {
-          multiply(some, std::true_type{});
-        } else {
-          multiply(some, std::false_type{});
-        }
-      }
+      if (scores) multiply(intersect(keys, {0, scores->range.size()}));
       if (values && values->full) {
         const Range some = intersect(keys, {0, values->range.size()});
         if (!streaming) add(some);
@@ -180,8 +185,9 @@ static FAL_NOINLINE void decode_probabilities(const DecodeItem& item, const Deco
     hide_rest(n, columns, scores);
     if (item.plan.general) decode_modify(item, s, pass, tile.range.begin, n, scores);
     if (!tile.full) decode_mask(item, s, pass, n, scores);
-    decode_softmax<E>(tile.keys, columns, __builtin_ctz(M), scores, state.max + lanes,
-                      state.sum + lanes, s.alpha + lanes);
+    decode_softmax<DecodeKeys<E>::kQuantised>(tile.keys.v_scale, columns, __builtin_ctz(M), scores,
+                                              state.max + lanes, state.sum + lanes,
+                                              s.alpha + lanes);
   }
 }
 
@@ -211,7 +217,10 @@ static FAL_NOINLINE void decode_part(const DecodeItem& item, const DecodeScratch
       prefetch_pages_of_tile<E>(runs, item.heads, begin, shape.head_dim, shape.head_dim_v);
     }
     decode_products<E, M>(item, s, state, before, &tile);
-    if (begin < keys.end) prefetch_first_rows<E>(runs, item.heads, begin, shape.head_dim);
+    if (begin < keys.end) {
+      prefetch_first_rows<E>(runs, item.heads, begin, shape.head_dim, shape.head_dim_v,
+                             streams<E, M>(plan));
+    }
     decode_probabilities<E, M>(item, s, state, tile);
     before = &tile;
   }
@@ -362,24 +371,18 @@ static void decode_item(const void* arg, int64_t index, char* memory) {
 }
 
 // Heads of an item: all that a tile's columns hold, unless their rows lie further apart than the
-// keys' (then there is nothing to gain), or more items are needed to keep the threads busy.
+// keys' (then there is nothing to gain), or threads would wait for the last items: reading rows in
+// the order of memory is worth more than items to spare.
 FAL_INLINE int heads_of_item(const ForwardProblem& p, int64_t parts, int threads) {
-  constexpr int kItemsPerThread = 4;
   int heads = 1;
   if (p.kv.k.head > p.kv.k.row || p.kv.v.head > p.kv.v.row) return heads;
   while (2 * heads <= p.shape.heads_k && heads < kDecodeColumns) heads *= 2;
-  if (threads == 1) return heads;
-  while (heads > 1 && parts * p.shape.heads_k / heads < kItemsPerThread * threads) heads /= 2;
+  const auto busy = [&] {  // the threads, for 6 / 7 of the time at least
+    const int64_t items = parts * ceil_div(p.shape.heads_k, heads);
+    return 7 * items >= 6 * threads * ((items + threads - 1) / threads);
+  };
+  while (heads > 1 && !busy()) heads /= 2;
   return heads;
-}
-
-// Whether K and V, so many bytes, come from memory rather than from a cache, in whole rows of all
-// heads for which a row of Q and one of O fit L1 beside them.
-FAL_INLINE bool streams(const Shape& s, int heads, int64_t bytes) {
-  constexpr int64_t kCacheBytes = 32 << 20;  // more than a process has of L3, mostly
-  constexpr int kRowFloats = 1024;
-  return bytes > kCacheBytes && heads == s.heads_k &&
-         heads * max_int(s.head_dim, s.head_dim_v) <= kRowFloats;
 }
 
 template <class T, bool kReadsQuantised>
@@ -404,6 +407,9 @@ static void decode(const ForwardProblem& problem, const ThreadPool& pool) {
   for (int b = 0; b < shape.batch; ++b) parts += decoding(b, &cut) ? cut.parts : 0;
   if (parts == 0) return;
   plan.most_heads = heads_of_item(problem, parts, pool.threads);
+
+  plan.short_rows = plan.most_heads == shape.heads_k &&
+                    plan.most_heads * max_int(shape.head_dim, shape.head_dim_v) <= kDecodeRowFloats;
 
   int most_parts = 1;
   int64_t items = 0;
@@ -443,7 +449,7 @@ static void decode(const ForwardProblem& problem, const ThreadPool& pool) {
   const auto run = [&](auto stored) {
     const int64_t key_dims =
         static_cast<int64_t>(shape.heads_k) * (shape.head_dim + shape.head_dim_v);
-    plan.streaming = streams(shape, plan.most_heads, keys * key_dims * sizeof stored);
+    plan.from_memory = keys * key_dims * static_cast<int64_t>(sizeof stored) > kDecodeCacheBytes;
     run_items(pool, items, flops, scratch.used, &decode_item<T, decltype(stored)>, &plan);
   };
   try {

@@ -25,8 +25,19 @@ struct DecodeKeys {
   static constexpr float kUnit = std::is_same<E, Float8E4M3>::value ? kFloat8Unit : 1.f;
 
   int count;
-  const E *k[kDecodeKeys + kLanes], *v[kDecodeKeys + kLanes];
+  const E *k[kDecodeKeys], *v[kDecodeKeys];
   float k_scale[kScales], v_scale[kScales];  // [key][head]
+
+  FAL_INLINE static void copy_factors(const float* from, const RowStats& stats, int rows, int heads,
+                                      float* to) {
+    if (stats.head == 1 && stats.row == heads) {
+      heads *= rows;
+      rows = 1;
+    }
+    for (int i = 0; i < rows; ++i, from += stats.row, to += heads) {
+      for (int h = 0; h < heads; ++h) to[h] = from[h * stats.head] * kUnit;
+    }
+  }
 
   FAL_INLINE void fetch(const KvRuns& runs, const DecodeHeads& heads, int begin, int n) {
     const int64_t k_stride = runs.k_stride(), v_stride = runs.v_stride();
@@ -39,19 +50,16 @@ struct DecodeKeys {
         v[r + i] = reinterpret_cast<const E*>(run.v + i * v_stride);
       }
       if constexpr (kQuantised) {
-        const RowStats &ks = runs.kv.k_scale, &vs = runs.kv.v_scale;
-        for (int i = 0; i < rows; ++i) {
-          for (int h = 0; h < heads.count; ++h) {
-            k_scale[(r + i) * heads.count + h] = run.k_scale[i * ks.row + h * ks.head] * kUnit;
-            v_scale[(r + i) * heads.count + h] = run.v_scale[i * vs.row + h * vs.head] * kUnit;
-          }
-        }
+        const int at = r * heads.count;
+        copy_factors(run.k_scale, runs.kv.k_scale, rows, heads.count, k_scale + at);
+        copy_factors(run.v_scale, runs.kv.v_scale, rows, heads.count, v_scale + at);
       }
       r += rows;
     }
-    for (int i = 0; i < kLanes; ++i) {
-      k[n + i] = k[n - 1];
-      v[n + i] = v[n - 1];
+    const E *const last_k = k[n - 1], *const last_v = v[n - 1];
+    for (int i = n; i < kDecodeKeys; ++i) {
+      k[i] = last_k;
+      v[i] = last_v;
     }
     if constexpr (kQuantised) {
       // The lanes of the last vectors that hold no key; their products are replaced or 0.
@@ -66,57 +74,82 @@ struct DecodeKeys {
 template <class E>
 FAL_INLINE void prefetch_row(const E* row, int dims) {
   const char* begin = reinterpret_cast<const char*>(row);
+#pragma GCC unroll 8
   for (int at = 0; at < dims * static_cast<int>(sizeof(E)); at += 64) {
     __builtin_prefetch(begin + at, 0, 2);
   }
 }
 
-// One line of every 4 KB that rows of `width` bytes touch, `stride` apart.
-FAL_INLINE void prefetch_pages(const char* first, int64_t stride, int rows, int64_t width) {
-  constexpr int64_t kPage = 4096;
-  int64_t next = 0;
-  for (int i = 0; i < rows; ++i) {
-    for (int64_t at = i * stride; at < i * stride + width; at += kPage) {
-      if (at < next) continue;
-      __builtin_prefetch(first + at, 0, 2);
-      next = at + kPage;
-    }
+// One line of every kBytes that rows of `width` bytes touch, `stride` apart.
+template <int kBytes>
+FAL_INLINE void prefetch_every(const void* first, int64_t stride, int rows, int64_t width) {
+  if (stride - width < kBytes) {  // one piece, with nothing of that size between
+    width += (rows - 1) * stride;
+    rows = 1;
+  }
+  const char* row = static_cast<const char*>(first);
+  for (int i = 0; i < rows; ++i, row += stride) {
+    for (int64_t at = 0; at < width; at += kBytes) __builtin_prefetch(row + at, 0, 2);
   }
 }
 
-// Of the tile that begins with key `begin`, a tile before it is needed: finding where its memory
-// pages are takes longer than reading them.
+// Of the tile that begins with key `begin`, a tile before it is needed: its memory pages, because
+// finding where they are takes longer than reading them, and the factors of quantised rows.
 template <class E>
 FAL_INLINE void prefetch_pages_of_tile(const KvRuns& runs, const DecodeHeads& heads, int begin,
                                        int dims, int dims_v) {
+  constexpr int kPage = 4096, kLine = 64;
   const KvRun run = runs.at(begin);
   const int rows = min_int(run.rows, kDecodeKeys);
   const auto width = [&](int64_t head_stride, int dims) {
     return ((heads.count - 1) * head_stride + dims) * static_cast<int64_t>(sizeof(E));
   };
-  prefetch_pages(run.k, runs.k_stride(), rows, width(heads.k_stride, dims));
-  prefetch_pages(run.v, runs.v_stride(), rows, width(heads.v_stride, dims_v));
+  prefetch_every<kPage>(run.k, runs.k_stride(), rows, width(heads.k_stride, dims));
+  prefetch_every<kPage>(run.v, runs.v_stride(), rows, width(heads.v_stride, dims_v));
+  if constexpr (DecodeKeys<E>::kQuantised) {
+    const auto factors = [&](const float* first, const RowStats& stats) {
+      const int64_t bytes = sizeof *first;
+      if (stats.head != 1) return;
+      prefetch_every<kLine>(first, stats.row * bytes, rows, heads.count * bytes);
+    };
+    factors(run.k_scale, runs.kv.k_scale);
+    factors(run.v_scale, runs.kv.v_scale);
+  }
 }
 
 // How many rows of K are asked for ahead of those in use. The processor's prefetchers start anew in
 // every 4 KB and lag behind rows of 16 bits and less; with fp32 they keep up, and this only costs.
 template <class E>
 FAL_INLINE int rows_ahead(int dims) {
-  constexpr int kBytes = 4096;
+  constexpr int kBytes = 8192;
   return sizeof(E) > 2 ? 0 : kBytes / (dims * static_cast<int>(sizeof(E)));
 }
 
-// The first of those of the tile that begins with key `begin`.
+// The first `count` rows of keys in memory's order.
+template <class E>
+FAL_INLINE void prefetch_rows(const char* first, int64_t stride, const DecodeHeads& heads,
+                              int64_t head_stride, int dims, int count) {
+  for (int i = 0; i < count; ++i) {
+    const auto* key = reinterpret_cast<const E*>(first + (i >> heads.shift()) * stride);
+    prefetch_row(key + (i & (heads.count - 1)) * head_stride, dims);
+  }
+}
+
+// What the processor's prefetchers miss at the start of the tile that begins with key `begin`: its
+// rows of K ahead, or, streaming, the first of K and of V where a page ends.
 template <class E>
 FAL_INLINE void prefetch_first_rows(const KvRuns& runs, const DecodeHeads& heads, int begin,
-                                    int dims) {
-  const int ahead = rows_ahead<E>(dims);
-  if (ahead == 0) return;
+                                    int dims, int dims_v, bool streaming) {
+  constexpr int kStreamBytes = 2048;
   const KvRun run = runs.at(begin);
-  const int rows = min_int(ahead, min_int(run.rows, kDecodeKeys) << heads.shift());
-  for (int i = 0; i < rows; ++i) {
-    const auto* key = reinterpret_cast<const E*>(run.k + (i >> heads.shift()) * runs.k_stride());
-    prefetch_row(key + (i & (heads.count - 1)) * heads.k_stride, dims);
+  const int most = min_int(run.rows, kDecodeKeys) << heads.shift();
+  if (streaming) {
+    const int rows = min_int(most, kStreamBytes / (dims * static_cast<int>(sizeof(E))));
+    prefetch_rows<E>(run.k, runs.k_stride(), heads, heads.k_stride, dims, rows);
+    prefetch_rows<E>(run.v, runs.v_stride(), heads, heads.v_stride, dims_v, rows);
+  } else {
+    const int rows = min_int(most, rows_ahead<E>(dims));
+    prefetch_rows<E>(run.k, runs.k_stride(), heads, heads.k_stride, dims, rows);
   }
 }
 

@@ -15,6 +15,8 @@ constexpr int kDecodeRows = 32;
 constexpr int kDecodePart = 512;    // keys of a part, at least: a part's set-up is then under 2 %
 constexpr int kDecodeParts = 64;    // of one sequence, at most
 constexpr int kDecodeFewParts = 8;  // the same for more than kDecodeRows rows: states are large
+constexpr int64_t kDecodeCacheBytes = 8 << 20;  // of K and V that a process may expect L3 to hold
+constexpr int kDecodeRowFloats = 1024;          // of all heads of a key: see short_rows
 
 // By the tokens in use, so that padding a sequence does not change its bits.
 FAL_INLINE bool decodes(const ForwardProblem& p, int64_t seqlen_q) {
@@ -72,7 +74,8 @@ struct DecodePlan {
   int most_heads;       // of an item
   int columns, lanes;   // of an item over all passes, at most; lanes: in whole vectors
   bool general;         // a score modification is on
-  bool streaming;       // K and V come from memory, not from a cache
+  bool from_memory;     // K and V come from memory, not from a cache
+  bool short_rows;      // an item walks whole rows of all heads; Q and O of one query fit L1 beside
   int64_t* first_item;  // (batch + 1)
   int32_t* parts_left;  // (batch, heads_k)
   float* partial;       // (items, partial_size())

@@ -26,8 +26,9 @@ constexpr int kDecodeAccumulators = kRows > 6 || kVectors > 2 ? 16 : 8;
 #if defined(__AVX512F__)
 FAL_INLINE __m512i load_line(const void* line) {
   const auto* halves = static_cast<const __m256i_u*>(line);
-  __m512i x = _mm512_castsi256_si512(_mm256_loadu_si256(halves));
-  asm("vinserti64x4 $1, %1, %0, %0" : "+v"(x) : "m"(halves[1]));  // not to be made one load again
+  const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256(halves));
+  __m512i x;  // not to be made one load again
+  asm("vinserti64x4 $1, %2, %1, %0" : "=v"(x) : "v"(low), "m"(halves[1]));
   return x;
 }
 FAL_INLINE Float load_row(const float* p) { return (Float)load_line(p); }
@@ -132,47 +133,57 @@ FAL_INLINE Float add_lanes(Float (&c)[kLanes]) {
   return c[0];
 }
 
-// scores[key][columns] = scale * rows of K times the query rows at q, `ld` apart, for keys `at` of
-// the tile: whole vectors of scores up to its last key. With kPrefetch, their rows of V are on
-// their way when this returns, and rows of K ahead.
-template <class E, int M, bool kPrefetch>
-FAL_INLINE void decode_scores(const DecodeKeys<E>& keys, const DecodeHeads& heads, Range at,
-                              const typename DecodeProduct<E>::Query* q, int ld, int dims,
-                              int dims_v, float scale, float* scores) {
+// c[i] = lane by lane, a row of K times query row i of those at q, `ld` apart.
+template <class E, int M, int kDims>
+FAL_INLINE void decode_dots(const E* k, const typename DecodeProduct<E>::Query* q, int ld, int dims,
+                            Float* c) {
   using Product = DecodeProduct<E>;
-  constexpr int kRowsAtOnce = kLanes / M, kStep = Product::kStep;
-  const int whole = round_down(dims, kStep), shift = heads.shift(), mask = heads.count - 1;
+  constexpr int kStep = Product::kStep;
+  const auto add = [&](int d, const typename Product::Row& x) {
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) c[i] = Product::add(x, q + i * ld + d, c[i]);
+  };
+#pragma GCC unroll 8
+  for (int i = 0; i < M; ++i) c[i] = set1(0.f);
+  if constexpr (kDims > 0) {
+    static_assert(kDims % kStep == 0, "whole vectors");
+#pragma GCC unroll 32
+    for (int d = 0; d < kDims; d += kStep) add(d, Product::row(k + d));
+  } else {
+    const int whole = round_down(dims, kStep);
+#pragma GCC unroll 1
+    for (int d = 0; d < whole; d += kStep) add(d, Product::row(k + d));
+    if (whole < dims) add(whole, Product::row_first(k + whole, dims - whole));
+  }
+}
+
+// scores[key][columns] = scale * rows of K times the query rows at q, `ld` apart, for keys `at` of
+// the tile: whole vectors of scores up to its last key. If wanted, their rows of V are on their way
+// when this returns, and rows of K ahead. kDims: all dims, where they are known: a row's loops are
+// so short that counting them takes as long as what they do.
+template <class E, int M, int kDims>
+static FAL_NOINLINE void decode_scores(const DecodeKeys<E>& keys, const DecodeHeads& heads,
+                                       Range at, const typename DecodeProduct<E>::Query* q, int ld,
+                                       int dims, int dims_v, bool prefetch, float scale,
+                                       float* scores) {
+  using Product = DecodeProduct<E>;
+  constexpr int kRowsAtOnce = kLanes / M;
+  if constexpr (kDims > 0) ld = dims = dims_v = kDims;
+  const int shift = heads.shift(), mask = heads.count - 1;
   const int rows = keys.count << shift, ahead = rows_ahead<E>(dims);
   for (int r = at.begin << shift; r < at.end << shift; r += kRowsAtOnce) {
     Float c[kLanes];
 #pragma GCC unroll 16
     for (int j = 0; j < kRowsAtOnce; ++j) {
       const int key = (r + j) >> shift, head = (r + j) & mask;
-      const E* k = keys.k[key] + head * heads.k_stride;
-      const auto* q_head = q + head * (M * ld);
-      if constexpr (kPrefetch) {
+      if (prefetch) {
         prefetch_row(keys.v[key] + head * heads.v_stride, dims_v);
         if (const int next = r + j + ahead; ahead > 0 && next < rows) {
           prefetch_row(keys.k[next >> shift] + (next & mask) * heads.k_stride, dims);
         }
       }
-#pragma GCC unroll 8
-      for (int i = 0; i < M; ++i) c[j * M + i] = set1(0.f);
-#pragma GCC unroll 1
-      for (int d = 0; d < whole; d += kStep) {
-        const auto x = Product::row(k + d);
-#pragma GCC unroll 8
-        for (int i = 0; i < M; ++i) {
-          c[j * M + i] = Product::add(x, q_head + i * ld + d, c[j * M + i]);
-        }
-      }
-      if (whole < dims) {
-        const auto x = Product::row_first(k + whole, dims - whole);
-#pragma GCC unroll 8
-        for (int i = 0; i < M; ++i) {
-          c[j * M + i] = Product::add(x, q_head + i * ld + whole, c[j * M + i]);
-        }
-      }
+      decode_dots<E, M, kDims>(keys.k[key] + head * heads.k_stride, q + head * (M * ld), ld, dims,
+                               c + j * M);
     }
     Float s = add_lanes(c);
     if constexpr (!Product::kScaledQ) s *= scale;
@@ -191,35 +202,37 @@ FAL_INLINE void hide_rest(int n, int columns, float* scores) {
   }
 }
 
-// P = exp2(S - max) in place (times V's factors, if it is quantised), the running maximum and sum
-// of each column, and alpha, which shrinks what was accumulated before. Arrays of columns repeat
-// up to a whole vector. The sum over a tile is the same tree for any number of columns: key j with
-// j + 8, then + 4, + 2, + 1.
-template <class E>
-FAL_INLINE void decode_softmax(const DecodeKeys<E>& keys, int columns, int row_shift, float* scores,
-                               float* max_columns, float* sum_columns, float* alpha) {
+// P = exp2(S - max) in place (times V's factors, if they are given), the running maximum and sum of
+// each column, and alpha, which shrinks what was accumulated before. Arrays of columns repeat up to
+// a whole vector. The sum over a tile is the same tree for any number of columns: key j with j + 8,
+// then + 4, + 2, + 1. kVectors: of a vector of columns.
+template <int kVectors, bool kFactors>
+static FAL_NOINLINE void decode_softmax(const float* factors, int columns, int row_shift,
+                                        float* scores, float* max_columns, float* sum_columns,
+                                        float* alpha) {
   const int stride = max_int(columns, kLanes);
-  const int vectors = kDecodeKeys * columns / stride;  // of a vector of columns
   for (int c = 0; c < columns; c += kLanes) {
     const Float before = load(max_columns + c);
-    Float top = before;
-    for (int v = 0; v < vectors; ++v) top = max(load(scores + v * stride + c), top);
+    Float p[kVectors], top = before;
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) top = max(p[v] = load(scores + v * stride + c), top);
     for (int s = kLanes / 2; s >= columns; s /= 2) {
       top = max(permute(top, (iota() + s) & (kLanes - 1)), top);
     }
     const Float reference = select(equal(top, set1(-FAL_INFINITY)), set1(0.f), top);
-    Float p[kDecodeKeys];
-    for (int v = 0; v < vectors; ++v) {
-      float* at = scores + v * stride + c;
-      p[v] = exp2(load(at) - reference);
-      if constexpr (DecodeKeys<E>::kQuantised) {
-        const float* factor = keys.v_scale + ((v * stride + c) >> row_shift);
-        store(at, p[v] * permute(load(factor), iota() >> row_shift));
-      } else {
-        store(at, p[v]);
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = v * stride + c;
+      p[v] = exp2(p[v] - reference);
+      Float x = p[v];
+      if constexpr (kFactors) {
+        x *= permute(load(factors + (at >> row_shift)), iota() >> row_shift);
       }
+      store(scores + at, x);
     }
-    for (int half = vectors / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
+    for (int half = kVectors / 2; half > 0; half /= 2) {
+#pragma GCC unroll 16
       for (int v = 0; v < half; ++v) p[v] += p[v + half];
     }
     for (int s = kLanes / 2; s >= columns; s /= 2) {
@@ -229,6 +242,27 @@ FAL_INLINE void decode_softmax(const DecodeKeys<E>& keys, int columns, int row_s
     store(max_columns + c, top);
     store(sum_columns + c, fma(load(sum_columns + c), shrink, p[0]));
     store(alpha + c, shrink);
+  }
+}
+
+template <bool kFactors>
+FAL_INLINE void decode_softmax(const float* factors, int columns, int row_shift, float* scores,
+                               float* max_columns, float* sum_columns, float* alpha) {
+  const auto run = [&](auto vectors) {
+    decode_softmax<decltype(vectors)::value, kFactors>(factors, columns, row_shift, scores,
+                                                       max_columns, sum_columns, alpha);
+  };
+  switch (kDecodeKeys * min_int(columns, kLanes) / kLanes) {
+    case 1:
+      return run(std::integral_constant<int, 1>{});
+    case 2:
+      return run(std::integral_constant<int, 2>{});
+    case 4:
+      return run(std::integral_constant<int, 4>{});
+    case 8:
+      return run(std::integral_constant<int, 8>{});
+    default:
+      return run(std::integral_constant<int, kDecodeKeys>{});
   }
 }
 
