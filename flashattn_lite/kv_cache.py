@@ -143,7 +143,9 @@ def _lengths(cache_seqlens: Any, q: Tensor) -> Tensor | None:
         raise ArgumentError(f"{_NAME}: cache_seqlens is {dtype}; it must be int32")
     if cache_seqlens is None or isinstance(cache_seqlens, Tensor):
         return cache_seqlens
-    length = _argument_types.index(_NAME, "cache_seqlens", cache_seqlens)
+    length: int = cache_seqlens
+    if type(length) is not int:  # asking more of one would fix its value in a graph
+        length = _argument_types.index(_NAME, "cache_seqlens", cache_seqlens)
     if not 0 <= length < 2**31:
         raise ArgumentError(
             f"{_NAME}: cache_seqlens is {length}; it must be 0 to the cache's length"
