@@ -15,7 +15,7 @@ constexpr int kDecodeRows = 32;
 constexpr int kDecodePart = 512;    // keys of a part, at least: a part's set-up is then under 2 %
 constexpr int kDecodeParts = 64;    // of one sequence, at most
 constexpr int kDecodeFewParts = 8;  // the same for more than kDecodeRows rows: states are large
-constexpr int64_t kDecodeCacheBytes = 8 << 20;  // of K and V that a process may expect L3 to hold
+constexpr int64_t kDecodeCacheBytes = 4 << 20;  // of K and V that may be in a cache still
 constexpr int kDecodeRowFloats = 1024;          // of all heads of a key: see short_rows
 
 // By the tokens in use, so that padding a sequence does not change its bits.
