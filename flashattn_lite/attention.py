@@ -20,6 +20,7 @@ from flashattn_lite._autograd import (
     apply_plain,
     refuse_tangents,
 )
+from flashattn_lite._masks import is_causal_bias
 from flashattn_lite.block_mask import BlockMask
 
 __all__ = ["attention", "draw_dropout_seed"]
@@ -246,6 +247,11 @@ def attention(
         sinks = sinks.float()
     if bias is not None:
         _argument_types.dense(name, q=q, bias=bias)
+        if is_causal_bias(bias):
+            raise _ops.ArgumentError(
+                f"{name}: bias is torch's CausalBias, which holds no elements; pass causal=True "
+                "or a window instead"
+            )
         bias = bias[(None,) * (4 - bias.dim())]
     if block_mask is not None and not isinstance(block_mask, BlockMask):
         raise TypeError(

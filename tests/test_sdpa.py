@@ -401,6 +401,9 @@ def test_a_causal_bias_for_other_lengths_is_refused() -> None:
         scaled_dot_product_attention(Q, K, K, causal_lower_right(2, 5))
     with pytest.raises(ArgumentError, match="should not be set when is_causal"):
         scaled_dot_product_attention(Q, K, K, causal_lower_right(3, 5), is_causal=True)
+    q, k = Q.transpose(1, 2), K.transpose(1, 2)
+    with pytest.raises(ArgumentError, match="bias is torch's CausalBias, which holds no elements"):
+        attention(q, k, k, bias=causal_lower_right(3, 5))
 
 
 # ---- torch.compile ------------------------------------------------------------------------------
