@@ -217,24 +217,6 @@ class Attention(torch.nn.Module):
         Returns: like x.
         """
         self._check(x, context, position_ids, seqlens, cu_seqlens, cache)
-        try:
-            return self._attend(
-                *(x, context, position_ids, seqlens, cu_seqlens, max_seqlen, bias, cache)
-            )
-        except (ArgumentError, TypeError) as error:
-            raise renamed(error, _WORDS) from None
-
-    def _attend(
-        self,
-        x: Tensor,
-        context: Tensor | None,
-        position_ids: Tensor | None,
-        seqlens: Tensor | None,
-        cu_seqlens: Tensor | None,
-        max_seqlen: int | None,
-        bias: Tensor | None,
-        cache: KVCache | None,
-    ) -> Tensor:
         source = x if context is None else context
         q = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
         k = self.k_proj(source).unflatten(-1, (self.heads_kv, self.head_dim))
@@ -252,30 +234,35 @@ class Attention(torch.nn.Module):
             seqlens,
             None,
         )
-        if cache is not None:
-            append_kv_cache(
-                *(k, v, cache.k, cache.v, cache.seqlens), block_table=cache.block_table, name=_NAME
+        try:
+            if cache is not None:
+                append_kv_cache(
+                    *(k, v, cache.k, cache.v, cache.seqlens),
+                    block_table=cache.block_table,
+                    name=_NAME,
+                )
+                cache.seqlens += x.shape[1]
+                k, v, seqused_k, block_table = cache.k, cache.v, cache.seqlens, cache.block_table
+            out = attention(
+                *(q, k, v),
+                causal=self.causal,
+                window=self.window,
+                softmax_scale=self.softmax_scale,
+                softcap=self.softcap,
+                sinks=self.sinks,
+                bias=bias,
+                dropout_p=self.dropout if self.training else 0.0,
+                cu_seqlens_q=cu_seqlens,
+                cu_seqlens_k=cu_seqlens,
+                max_seqlen_q=max_seqlen,
+                max_seqlen_k=max_seqlen,
+                seqused_q=seqused_q,
+                seqused_k=seqused_k,
+                block_table=block_table,
+                name=_NAME,
             )
-            cache.seqlens += x.shape[1]
-            k, v, seqused_k, block_table = cache.k, cache.v, cache.seqlens, cache.block_table
-        out = attention(
-            *(q, k, v),
-            causal=self.causal,
-            window=self.window,
-            softmax_scale=self.softmax_scale,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            bias=bias,
-            dropout_p=self.dropout if self.training else 0.0,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen,
-            seqused_q=seqused_q,
-            seqused_k=seqused_k,
-            block_table=block_table,
-            name=_NAME,
-        )
+        except (ArgumentError, TypeError) as error:
+            raise renamed(error, _WORDS) from None
         assert isinstance(out, Tensor)
         projected: Tensor = self.o_proj(out.flatten(-2))
         return projected
