@@ -118,7 +118,7 @@ SHARES = (
             (c.device, c.suite, c.dtype) == ("cpu", "decode", "fp32")
             and not (c.heads_k or c.lengths)
         ),
-        lambda shares: geometric_mean([min(share, 1.0) for share in shares]),  # more: a cache's
+        geometric_mean,
     ),
     Share(
         "paged: least share of the read rate, bf16, batch 64, 8192 keys, pages of 16 and 64",

@@ -4,8 +4,8 @@ The CPU's ceiling is a register-only loop of fused multiply-adds in the active i
 as many threads as the row has; it runs as one more contender in every round, so a change of clock
 frequency moves it as it moves the rows. Matrix products and a large read are shown beside it: on a
 processor with matrix units (AMX) 16-bit products go beyond the FMA peak, and so may PyTorch.
-Decoding is held against reading memory instead, as much of it as caches do not hold: on the CPU a
-sum over at least 256 MiB, on a GPU the faster of a sum and a copy over at least a GiB.
+Decoding is held against reading instead: on the CPU a sum over as many bytes as the row's K and V
+have; on a GPU the faster of a sum and a copy, over at least a GiB, which no cache holds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def copy(size: int, device: str) -> Ceiling:
 def memory(case: Case) -> dict[str, Ceiling]:
     """What a row of decoding is held against, by name; the fastest of them is the ceiling."""
     if case.device == "cpu":
-        return {READ: read(max(case.cache_bytes(), READ_BYTES))}
+        return {READ: read(case.cache_bytes())}
     size = max(case.cache_bytes(), CUDA_BYTES)
     return {READ: read(size, case.device), COPY: copy(size, case.device)}
 

@@ -25,11 +25,10 @@ programs on the machine disturb less; it is taken with one thread. The FMA peak 
 multiply-adds on registers, measured in the same rounds (with one thread both by CPU time); useful
 floating-point operations count, so a causal case has half of a dense one's. A processor with matrix
 units (AMX) goes beyond the FMA peak in 16-bit types. The read rate, which decoding is held against,
-is that of a sum over at least 256 MiB in the same rounds, on a GPU the faster of a sum and a copy
-over at least a GiB: what caches hold can be read faster, and counts as 100 % in the aims. The
-baseline of decoding is PyTorch but for three kinds of rows, whose question is another one: a
-quantised cache's is the same numbers unquantised, a ragged batch's its sequences one by one, a
-paged cache's the contiguous one, all by this library.
+is that of a sum over as many bytes as the row's K and V have, in the same rounds; on a GPU the
+faster of a sum and a copy, over at least a GiB. The baseline of decoding is PyTorch but for three
+kinds of rows, whose question is another one: a quantised cache's is the same numbers unquantised, a
+ragged batch's its sequences one by one, a paged cache's the contiguous one, all by this library.
 """
 
 
