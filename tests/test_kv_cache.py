@@ -65,7 +65,7 @@ def test_threads_change_no_bit(isa: str) -> None:
 
 @pytest.mark.parametrize("page_size", (None, 5, 16))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-def test_a_cache_larger_than_l3_has_the_same_bits(
+def test_a_cache_that_comes_from_memory_has_the_same_bits(
     dtype: torch.dtype, page_size: int | None, isa: str
 ) -> None:
     """It is walked key by key, K and V in turns, unless its heads lie apart."""
