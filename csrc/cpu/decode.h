@@ -92,13 +92,12 @@ FAL_INLINE void decode_mask(const DecodeItem& item, const DecodeScratch& s, int 
   }
 }
 
-// A tile of keys on its way through the two products.
+// A tile of keys.
 template <class E>
 struct DecodeTile {
   DecodeKeys<E> keys;
   Range range;
-  bool full;      // all rows see all of it
-  float* scores;  // [pass][key][column]
+  bool full;  // all rows see all of it
 
   FAL_INLINE void fetch(const DecodeItem& item, const KvRuns& runs, int begin, int end) {
     int n = min_int(kDecodeKeys, end - begin);
@@ -112,63 +111,61 @@ struct DecodeTile {
   }
 };
 
-// A few keys of K and of V in turns, as memory holds them? O then passes through L1 for every key,
-// while tile by tile it stays in registers: that pays for one query row a head, and rows as long as
-// fp32's.
+// Is V read in memory's order, as K is? O then passes through L1 for every key, while head by head
+// it stays in registers: that pays for one query row a head, if there are enough heads for a row of
+// O to have arrived when the next key wants it. Where short pages come from memory, the processor's
+// prefetchers start too often, and what head by head asks for ahead is faster.
 template <class E, int M>
-FAL_INLINE bool streams(const DecodePlan& plan) {
-  return sizeof(E) == sizeof(float) && M == 1 && plan.from_memory && plan.short_rows;
+FAL_INLINE bool streams(const DecodeItem& item) {
+  return M == 1 && !DecodeKeys<E>::kQuantised && item.heads.count >= kDecodeStreamHeads &&
+         !item.plan.short_runs;
 }
 
-// O += P V of one tile and S = K Q^T of the next (either may be null).
-//
-// Tile by tile, V, read a head at a time, is prefetched while K is multiplied. Streaming, memory
-// delivers rows of K and V one after the other, each element once.
+// S = K Q^T of a tile. Where V is to be read a head at a time, it is prefetched meanwhile.
 template <class E, int M>
-static FAL_NOINLINE void decode_products(const DecodeItem& item, const DecodeScratch& s,
-                                         const DecodeState& state, const DecodeTile<E>* values,
-                                         const DecodeTile<E>* scores) {
+static FAL_NOINLINE void decode_keys(const DecodeItem& item, const DecodeScratch& s,
+                                     const DecodeTile<E>& tile) {
   using Product = DecodeProduct<E>;
   const DecodePlan& plan = item.plan;
   const int dims = plan.problem.shape.head_dim, dims_v = plan.problem.shape.head_dim_v;
   const int q_ld = round_up(dims, Product::kStep), columns = item.columns();
   // Unless it is in Q; decode_modify() applies it to the scores that it modifies.
   const float scale = plan.general ? 1.f : plan.problem.score.scale * kLog2E;
-  const bool streaming = streams<E, M>(plan);
-  const int step = streaming ? max_int(1, kLanes / M >> item.heads.shift()) : kDecodeKeys;
+  const bool prefetch = plan.from_memory && !streams<E, M>(item);
   // Of 16-bit rows from memory without loops, prefetches come faster than they are taken.
-  const int known = dims != dims_v || (sizeof(E) == 2 && plan.from_memory) ? 0 : dims;
-  auto* const multiply_keys = known == 128  ? &decode_scores<E, M, 128>
-                              : known == 64 ? &decode_scores<E, M, 64>
-                                            : &decode_scores<E, M, 0>;
+  const int known = dims != dims_v || (sizeof(E) == 2 && prefetch) ? 0 : dims;
+  auto* const multiply = known == 128  ? &decode_scores<E, M, 128>
+                         : known == 64 ? &decode_scores<E, M, 64>
+                                       : &decode_scores<E, M, 0>;
   for (int pass = 0; pass < item.passes; ++pass) {
     const auto* q = reinterpret_cast<const typename Product::Query*>(s.q) +
                     static_cast<int64_t>(pass) * columns * q_ld;
-    float* out = state.out + static_cast<int64_t>(pass) * columns * plan.out_ld;
-    const int at = pass * kDecodeKeys * columns, lanes = pass * item.column_ld();
-    const auto multiply = [&](Range keys) {
-      multiply_keys(scores->keys, item.heads, keys, q, q_ld, dims, dims_v, pass == 0 && !streaming,
-                    scale, scores->scores + at);
-    };
-    const auto add = [&](Range keys) {
-      decode_values<E, M>(values->keys, item.heads, keys, values->scores + at, dims_v, out,
-                          plan.out_ld);
-    };
-    if (values) {
-      decode_shrink(s.alpha + lanes, columns, out, plan.out_ld);
-      if (!values->full) {
-        decode_values_exactly<E, M>(values->keys, item.heads, s.visible + lanes,
-                                    values->scores + at, dims_v, out, plan.out_ld);
-      }
-    }
-    for (int key = 0; key < kDecodeKeys; key += step) {
-      const Range keys{key, key + step};
-      if (scores) multiply(intersect(keys, {0, scores->range.size()}));
-      if (values && values->full) {
-        const Range some = intersect(keys, {0, values->range.size()});
-        if (!streaming) add(some);
-        for (int k = some.begin; streaming && k < some.end; ++k) add({k, k + 1});
-      }
+    multiply(tile.keys, item.heads, q, q_ld, dims, dims_v, prefetch && pass == 0, scale,
+             s.scores + pass * kDecodeKeys * columns);
+  }
+}
+
+// O += P V of a tile.
+template <class E, int M>
+static FAL_NOINLINE void decode_values(const DecodeItem& item, const DecodeScratch& s,
+                                       const DecodeState& state, const DecodeTile<E>& tile) {
+  const DecodePlan& plan = item.plan;
+  const int dims = plan.problem.shape.head_dim_v, ld = plan.out_ld, columns = item.columns();
+  for (int pass = 0; pass < item.passes; ++pass) {
+    float* out = state.out + static_cast<int64_t>(pass) * columns * ld;
+    const float* p = s.scores + pass * kDecodeKeys * columns;
+    const int lanes = pass * item.column_ld();
+    decode_shrink(s.alpha + lanes, columns, out, ld);
+    if (!tile.full) {
+      decode_values_exactly<E, M>(tile.keys, item.heads, s.visible + lanes, p, dims, out, ld);
+    } else if (!streams<E, M>(item)) {
+      decode_values<E, M>(tile.keys, item.heads, p, dims, out, ld);
+    } else if (dims == 128) {
+      decode_values_in_order<E, 128>(tile.keys, item.heads, p, dims, out, ld);
+    } else if (dims == 64) {
+      decode_values_in_order<E, 64>(tile.keys, item.heads, p, dims, out, ld);
+    } else {
+      decode_values_in_order<E, 0>(tile.keys, item.heads, p, dims, out, ld);
     }
   }
 }
@@ -180,7 +177,7 @@ static FAL_NOINLINE void decode_probabilities(const DecodeItem& item, const Deco
   const int columns = item.columns(), n = tile.range.size();
   if (!tile.full) fill_visible(item, s, tile.range);
   for (int pass = 0; pass < item.passes; ++pass) {
-    float* scores = tile.scores + pass * kDecodeKeys * columns;
+    float* scores = s.scores + pass * kDecodeKeys * columns;
     const int lanes = pass * item.column_ld();
     hide_rest(n, columns, scores);
     if (item.plan.general) decode_modify(item, s, pass, tile.range.begin, n, scores);
@@ -205,26 +202,20 @@ static FAL_NOINLINE void decode_part(const DecodeItem& item, const DecodeScratch
   memset(state.out, 0, sizeof(float) * item.passes * item.columns() * plan.out_ld);
   if (plan.general) fill_columns(item, s);
 
-  DecodeTile<E> tiles[2];
-  for (int i = 0; i < 2; ++i) tiles[i].scores = s.scores[i];
-  DecodeTile<E>* before = nullptr;
-  int begin = item.next_key(keys.begin, keys.end);
-  for (int i = 0; begin < keys.end; i ^= 1) {
-    DecodeTile<E>& tile = tiles[i];
+  DecodeTile<E> tile;
+  for (int begin = item.next_key(keys.begin, keys.end); begin < keys.end;) {
     tile.fetch(item, runs, begin, keys.end);
     begin = item.next_key(tile.range.end, keys.end);
-    if (begin < keys.end) {
+    if (plan.from_memory && begin < keys.end) {
       prefetch_pages_of_tile<E>(runs, item.heads, begin, shape.head_dim, shape.head_dim_v);
     }
-    decode_products<E, M>(item, s, state, before, &tile);
-    if (begin < keys.end) {
-      prefetch_first_rows<E>(runs, item.heads, begin, shape.head_dim, shape.head_dim_v,
-                             streams<E, M>(plan));
-    }
+    decode_keys<E, M>(item, s, tile);
     decode_probabilities<E, M>(item, s, state, tile);
-    before = &tile;
+    if (plan.from_memory && !streams<E, M>(item) && begin < keys.end) {
+      prefetch_first_rows<E>(runs, item.heads, begin, shape.head_dim);
+    }
+    decode_values<E, M>(item, s, state, tile);
   }
-  if (before) decode_products<E, M>(item, s, state, before, nullptr);
 }
 
 // Adds the next part's state to the first's.
@@ -408,9 +399,6 @@ static void decode(const ForwardProblem& problem, const ThreadPool& pool) {
   if (parts == 0) return;
   plan.most_heads = heads_of_item(problem, parts, pool.threads);
 
-  plan.short_rows = plan.most_heads == shape.heads_k &&
-                    plan.most_heads * max_int(shape.head_dim, shape.head_dim_v) <= kDecodeRowFloats;
-
   int most_parts = 1;
   int64_t items = 0;
   double flops = 0;
@@ -449,7 +437,11 @@ static void decode(const ForwardProblem& problem, const ThreadPool& pool) {
   const auto run = [&](auto stored) {
     const int64_t key_dims =
         static_cast<int64_t>(shape.heads_k) * (shape.head_dim + shape.head_dim_v);
-    plan.from_memory = keys * key_dims * static_cast<int64_t>(sizeof stored) > kDecodeCacheBytes;
+    constexpr int64_t bytes = sizeof stored;
+    plan.from_memory = keys * key_dims * bytes > kDecodeCacheBytes;
+    const Pages& pages = problem.kv.pages;
+    plan.short_runs = plan.from_memory && pages.block_table &&
+                      pages.page_size * problem.kv.k.row * bytes < kDecodeStreamBytes;
     run_items(pool, items, flops, scratch.used, &decode_item<T, decltype(stored)>, &plan);
   };
   try {

@@ -35,7 +35,11 @@ struct DecodeKeys {
       rows = 1;
     }
     for (int i = 0; i < rows; ++i, from += stats.row, to += heads) {
-      for (int h = 0; h < heads; ++h) to[h] = from[h * stats.head] * kUnit;
+      if (stats.head == 1) {  // so that the compiler takes vectors
+        for (int h = 0; h < heads; ++h) to[h] = from[h] * kUnit;
+      } else {
+        for (int h = 0; h < heads; ++h) to[h] = from[h * stats.head] * kUnit;
+      }
     }
   }
 
@@ -125,31 +129,15 @@ FAL_INLINE int rows_ahead(int dims) {
   return sizeof(E) > 2 ? 0 : kBytes / (dims * static_cast<int>(sizeof(E)));
 }
 
-// The first `count` rows of keys in memory's order.
-template <class E>
-FAL_INLINE void prefetch_rows(const char* first, int64_t stride, const DecodeHeads& heads,
-                              int64_t head_stride, int dims, int count) {
-  for (int i = 0; i < count; ++i) {
-    const auto* key = reinterpret_cast<const E*>(first + (i >> heads.shift()) * stride);
-    prefetch_row(key + (i & (heads.count - 1)) * head_stride, dims);
-  }
-}
-
-// What the processor's prefetchers miss at the start of the tile that begins with key `begin`: its
-// rows of K ahead, or, streaming, the first of K and of V where a page ends.
+// The rows of K ahead at the start of the tile that begins with key `begin`.
 template <class E>
 FAL_INLINE void prefetch_first_rows(const KvRuns& runs, const DecodeHeads& heads, int begin,
-                                    int dims, int dims_v, bool streaming) {
-  constexpr int kStreamBytes = 2048;
+                                    int dims) {
   const KvRun run = runs.at(begin);
-  const int most = min_int(run.rows, kDecodeKeys) << heads.shift();
-  if (streaming) {
-    const int rows = min_int(most, kStreamBytes / (dims * static_cast<int>(sizeof(E))));
-    prefetch_rows<E>(run.k, runs.k_stride(), heads, heads.k_stride, dims, rows);
-    prefetch_rows<E>(run.v, runs.v_stride(), heads, heads.v_stride, dims_v, rows);
-  } else {
-    const int rows = min_int(most, rows_ahead<E>(dims));
-    prefetch_rows<E>(run.k, runs.k_stride(), heads, heads.k_stride, dims, rows);
+  const int rows = min_int(min_int(run.rows, kDecodeKeys) << heads.shift(), rows_ahead<E>(dims));
+  for (int i = 0; i < rows; ++i) {
+    const auto* key = reinterpret_cast<const E*>(run.k + (i >> heads.shift()) * runs.k_stride());
+    prefetch_row(key + (i & (heads.count - 1)) * heads.k_stride, dims);
   }
 }
 

@@ -15,8 +15,9 @@ constexpr int kDecodeRows = 32;
 constexpr int kDecodePart = 512;    // keys of a part, at least: a part's set-up is then under 2 %
 constexpr int kDecodeParts = 64;    // of one sequence, at most
 constexpr int kDecodeFewParts = 8;  // the same for more than kDecodeRows rows: states are large
-constexpr int64_t kDecodeCacheBytes = 4 << 20;  // of K and V that may be in a cache still
-constexpr int kDecodeRowFloats = 1024;          // of all heads of a key: see short_rows
+constexpr int64_t kDecodeCacheBytes = 4 << 20;    // of K and V that may be in a cache still
+constexpr int kDecodeStreamHeads = 4;             // see streams()
+constexpr int64_t kDecodeStreamBytes = 32 << 10;  // of K in a page, at least
 
 // By the tokens in use, so that padding a sequence does not change its bits.
 FAL_INLINE bool decodes(const ForwardProblem& p, int64_t seqlen_q) {
@@ -75,7 +76,7 @@ struct DecodePlan {
   int columns, lanes;   // of an item over all passes, at most; lanes: in whole vectors
   bool general;         // a score modification is on
   bool from_memory;     // K and V come from memory, not from a cache
-  bool short_rows;      // an item walks whole rows of all heads; Q and O of one query fit L1 beside
+  bool short_runs;      // and in pages of less than kDecodeStreamBytes
   int64_t* first_item;  // (batch + 1)
   int32_t* parts_left;  // (batch, heads_k)
   float* partial;       // (items, partial_size())
@@ -99,14 +100,14 @@ struct DecodeState {
 };
 
 struct DecodeScratch {
-  float* scores[2];  // of two tiles: [pass][key][column]
+  float* scores;  // of a tile: [pass][key][column]
   float *q, *state, *alpha, *slope;
   int32_t *visible, *position;
 
   FAL_INLINE static DecodeScratch place(ScratchCursor* cursor, const DecodePlan& plan) {
     DecodeScratch s;
     s.q = cursor->take<float>(plan.columns * round_up(plan.problem.shape.head_dim, 2 * kLanes));
-    for (float*& scores : s.scores) scores = cursor->take<float>(kDecodeKeys * plan.columns);
+    s.scores = cursor->take<float>(kDecodeKeys * plan.columns);
     s.state = cursor->take<float>(plan.partial_size());
     s.alpha = cursor->take<float>(plan.lanes);
     s.slope = cursor->take<float>(plan.lanes);

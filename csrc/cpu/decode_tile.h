@@ -157,21 +157,20 @@ FAL_INLINE void decode_dots(const E* k, const typename DecodeProduct<E>::Query* 
   }
 }
 
-// scores[key][columns] = scale * rows of K times the query rows at q, `ld` apart, for keys `at` of
-// the tile: whole vectors of scores up to its last key. If wanted, their rows of V are on their way
-// when this returns, and rows of K ahead. kDims: all dims, where they are known: a row's loops are
-// so short that counting them takes as long as what they do.
+// scores[key][columns] = scale * rows of K times the query rows at q, `ld` apart: whole vectors of
+// scores up to the tile's last key. If wanted, its rows of V are on their way when this returns,
+// and rows of K ahead. kDims: all dims, where they are known: a row's loops are so short that
+// counting them takes as long as what they do.
 template <class E, int M, int kDims>
 static FAL_NOINLINE void decode_scores(const DecodeKeys<E>& keys, const DecodeHeads& heads,
-                                       Range at, const typename DecodeProduct<E>::Query* q, int ld,
-                                       int dims, int dims_v, bool prefetch, float scale,
-                                       float* scores) {
+                                       const typename DecodeProduct<E>::Query* q, int ld, int dims,
+                                       int dims_v, bool prefetch, float scale, float* scores) {
   using Product = DecodeProduct<E>;
   constexpr int kRowsAtOnce = kLanes / M;
   if constexpr (kDims > 0) ld = dims = dims_v = kDims;
   const int shift = heads.shift(), mask = heads.count - 1;
   const int rows = keys.count << shift, ahead = rows_ahead<E>(dims);
-  for (int r = at.begin << shift; r < at.end << shift; r += kRowsAtOnce) {
+  for (int r = 0; r < rows; r += kRowsAtOnce) {
     Float c[kLanes];
 #pragma GCC unroll 16
     for (int j = 0; j < kRowsAtOnce; ++j) {
@@ -275,10 +274,10 @@ FAL_INLINE void decode_shrink(const float* alpha, int columns, float* out, int l
   }
 }
 
-// Vectors [d, d + kWidth) of O += P V over keys [begin, end) of one head.
+// Vectors [d, d + kWidth) of O += P V over the tile's keys, for one head.
 template <class E, int M, int kWidth>
-FAL_INLINE void decode_columns(const E* const* v, int64_t offset, Range keys, const float* p,
-                               int p_ld, int d, int dims, float* out, int ld) {
+FAL_INLINE void decode_columns(const DecodeKeys<E>& keys, int64_t offset, const float* p, int p_ld,
+                               int d, int dims, float* out, int ld) {
   Float c[M][kWidth];
 #pragma GCC unroll 8
   for (int i = 0; i < M; ++i) {
@@ -288,9 +287,9 @@ FAL_INLINE void decode_columns(const E* const* v, int64_t offset, Range keys, co
     }
   }
 #pragma GCC unroll 1
-  for (int r = keys.begin; r < keys.end; ++r) {
+  for (int r = 0; r < keys.count; ++r) {
     Float x[kWidth];
-    load_values(v[r] + offset, d, dims, x);
+    load_values(keys.v[r] + offset, d, dims, x);
 #pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const Float weight = set1(p[r * p_ld + i]);
@@ -305,10 +304,10 @@ FAL_INLINE void decode_columns(const E* const* v, int64_t offset, Range keys, co
   }
 }
 
-// O[column][ld] += P V over keys `at` of the tile.
+// O[column][ld] += P V, a head at a time: O stays in registers.
 template <class E, int M>
-FAL_INLINE void decode_values(const DecodeKeys<E>& keys, const DecodeHeads& heads, Range at,
-                              const float* p, int dims, float* out, int ld) {
+FAL_INLINE void decode_values(const DecodeKeys<E>& keys, const DecodeHeads& heads, const float* p,
+                              int dims, float* out, int ld) {
   constexpr int kWidth = kDecodeAccumulators / M > 8 ? 8 : kDecodeAccumulators / M;
   const int columns = heads.count * M;
   for (int h = 0; h < heads.count; ++h) {
@@ -318,7 +317,7 @@ FAL_INLINE void decode_values(const DecodeKeys<E>& keys, const DecodeHeads& head
     int d = 0;
     const auto add = [&](auto width) {
       constexpr int kWidth = decltype(width)::value;
-      decode_columns<E, M, kWidth>(keys.v, offset, at, p_head, columns, d, dims, out_head, ld);
+      decode_columns<E, M, kWidth>(keys, offset, p_head, columns, d, dims, out_head, ld);
       d += kWidth * kLanes;
     };
     while (d + kWidth * kLanes <= dims) add(std::integral_constant<int, kWidth>{});
@@ -326,6 +325,44 @@ FAL_INLINE void decode_values(const DecodeKeys<E>& keys, const DecodeHeads& head
       if (d + 4 * kLanes <= dims) add(std::integral_constant<int, 4>{});
     }
     while (d < dims) add(std::integral_constant<int, 1>{});
+  }
+}
+
+// The same for one query row a head, a key at a time and so in memory's order: O passes through L1.
+template <class E, int kDims>
+static FAL_NOINLINE void decode_values_in_order(const DecodeKeys<E>& keys, const DecodeHeads& heads,
+                                                const float* p, int dims, float* out, int ld) {
+  constexpr int kPair = 2;  // fp8 is loaded so
+  if constexpr (kDims > 0) ld = dims = kDims;
+  const int count = heads.count;
+  const int64_t stride = heads.v_stride;
+  for (int r = 0; r < keys.count; ++r) {
+    const E* v = keys.v[r];
+    float* row = out;
+#pragma GCC unroll 1
+    for (int h = 0; h < count; ++h, v += stride, row += ld, ++p) {
+      const Float weight = set1(*p);
+      const auto add = [&](int d, auto width) {
+        constexpr int kWidth = decltype(width)::value;
+        Float x[kWidth];
+        load_values(v, d, dims, x);
+#pragma GCC unroll 2
+        for (int w = 0; w < kWidth; ++w) {
+          float* o = row + d + w * kLanes;
+          store(o, fma(weight, x[w], load(o)));
+        }
+      };
+      const std::integral_constant<int, kPair> pair{};
+      if constexpr (kDims > 0) {
+        static_assert(kDims % (kPair * kLanes) == 0, "whole pairs");
+#pragma GCC unroll 32
+        for (int d = 0; d < kDims; d += kPair * kLanes) add(d, pair);
+      } else {
+        int d = 0;
+        for (; d + kPair * kLanes <= dims; d += kPair * kLanes) add(d, pair);
+        for (; d < dims; d += kLanes) add(d, std::integral_constant<int, 1>{});
+      }
+    }
   }
 }
 
