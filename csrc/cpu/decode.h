@@ -113,12 +113,12 @@ struct DecodeTile {
 
 // Is V read in memory's order, as K is? O then passes through L1 for every key, while head by head
 // it stays in registers: that pays for one query row a head, if there are enough heads for a row of
-// O to have arrived when the next key wants it. Where short pages come from memory, the processor's
-// prefetchers start too often, and what head by head asks for ahead is faster.
+// O to have arrived when the next key wants it. What comes from memory in short pieces is faster
+// head by head, which asks for V ahead.
 template <class E, int M>
 FAL_INLINE bool streams(const DecodeItem& item) {
   return M == 1 && !DecodeKeys<E>::kQuantised && item.heads.count >= kDecodeStreamHeads &&
-         !item.plan.short_runs;
+         !item.plan.in_pieces;
 }
 
 // S = K Q^T of a tile. Where V is to be read a head at a time, it is prefetched meanwhile.
@@ -376,6 +376,16 @@ FAL_INLINE int heads_of_item(const ForwardProblem& p, int64_t parts, int threads
   return heads;
 }
 
+// Is a tile's K so short, or a key's row cut, that the processor's prefetchers start too often? Of
+// 16 bits the arithmetic takes less of the time, and the starts more.
+FAL_INLINE bool in_pieces(const ForwardProblem& p, int most_heads, int64_t element_bytes) {
+  const int64_t enough = element_bytes > 2 ? 16 << 10 : 64 << 10;
+  const int keys =
+      p.kv.pages.block_table ? min_int(p.kv.pages.page_size, kDecodeKeys) : kDecodeKeys;
+  const int64_t bytes = keys * element_bytes * p.shape.heads_k * p.shape.head_dim;
+  return most_heads < p.shape.heads_k || bytes < enough;
+}
+
 template <class T, bool kReadsQuantised>
 static void decode(const ForwardProblem& problem, const ThreadPool& pool) {
   const Shape& shape = problem.shape;
@@ -439,9 +449,7 @@ static void decode(const ForwardProblem& problem, const ThreadPool& pool) {
         static_cast<int64_t>(shape.heads_k) * (shape.head_dim + shape.head_dim_v);
     constexpr int64_t bytes = sizeof stored;
     plan.from_memory = keys * key_dims * bytes > kDecodeCacheBytes;
-    const Pages& pages = problem.kv.pages;
-    plan.short_runs = plan.from_memory && pages.block_table &&
-                      pages.page_size * problem.kv.k.row * bytes < kDecodeStreamBytes;
+    plan.in_pieces = plan.from_memory && in_pieces(problem, plan.most_heads, bytes);
     run_items(pool, items, flops, scratch.used, &decode_item<T, decltype(stored)>, &plan);
   };
   try {

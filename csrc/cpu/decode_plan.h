@@ -15,9 +15,8 @@ constexpr int kDecodeRows = 32;
 constexpr int kDecodePart = 512;    // keys of a part, at least: a part's set-up is then under 2 %
 constexpr int kDecodeParts = 64;    // of one sequence, at most
 constexpr int kDecodeFewParts = 8;  // the same for more than kDecodeRows rows: states are large
-constexpr int64_t kDecodeCacheBytes = 4 << 20;    // of K and V that may be in a cache still
-constexpr int kDecodeStreamHeads = 4;             // see streams()
-constexpr int64_t kDecodeStreamBytes = 32 << 10;  // of K in a page, at least
+constexpr int64_t kDecodeCacheBytes = 4 << 20;  // of K and V that may be in a cache still
+constexpr int kDecodeStreamHeads = 4;           // see streams()
 
 // By the tokens in use, so that padding a sequence does not change its bits.
 FAL_INLINE bool decodes(const ForwardProblem& p, int64_t seqlen_q) {
@@ -76,7 +75,7 @@ struct DecodePlan {
   int columns, lanes;   // of an item over all passes, at most; lanes: in whole vectors
   bool general;         // a score modification is on
   bool from_memory;     // K and V come from memory, not from a cache
-  bool short_runs;      // and in pages of less than kDecodeStreamBytes
+  bool in_pieces;       // and in pieces too short for the processor's prefetchers
   int64_t* first_item;  // (batch + 1)
   int32_t* parts_left;  // (batch, heads_k)
   float* partial;       // (items, partial_size())
