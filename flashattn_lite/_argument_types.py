@@ -34,6 +34,7 @@ def dense(name: str, **values: Any) -> None:
     """Raises unless all are tensors with strides (not nested, sparse, quantised), on one device."""
     tensors(name, **values)
     first = next(iter(values), "")
+    device = values[first].device if first else None
     for argument, value in values.items():
         if value.is_nested or value.layout is not torch.strided or value.is_quantized:
             if value.is_nested:
@@ -43,9 +44,9 @@ def dense(name: str, **values: Any) -> None:
             raise ArgumentError(
                 f"{name}: {argument} is a {kind} tensor; it must be a dense one{remedy}"
             )
-        if value.device != values[first].device:
+        if value.device != device:
             raise ArgumentError(
-                f"{name}: {argument} is on {value.device} but {first} is on {values[first].device}"
+                f"{name}: {argument} is on {value.device} but {first} is on {device}"
             )
 
 

@@ -322,11 +322,7 @@ def attention(
             cu_seqlens_q is None
             and cu_seqlens_k is None
             and seqused_q is None
-            and seqused_k is None
             and leftpad_k is None
-            and block_table is None
-            and k_scale is None
-            and v_scale is None
             and alibi_slopes is None
             and sinks is None
             and bias is None
@@ -338,11 +334,14 @@ def attention(
             and backend == "auto"
             and not return_lse
         ):
+            plain = False, right, softmax_scale, left
+            dense = seqused_k is block_table is k_scale is v_scale is None
             if not needs_grad:
-                return _ops.forward_plain(q, k, v, False, right, softmax_scale, left)  # type: ignore[no-any-return]
+                caches = () if dense else (seqused_k, block_table, k_scale, v_scale)
+                return _ops.forward_plain(q, k, v, *plain, *caches)  # type: ignore[no-any-return]
             repeatable = not deterministic or q.is_cpu
-            if repeatable and not (transformed or is_compiling()):
-                return apply_plain(q, k, v, (False, right, softmax_scale, left), name)
+            if dense and repeatable and not (transformed or is_compiling()):
+                return apply_plain(q, k, v, plain, name)
         max_seqlen_q = _max_seqlen(max_seqlen_q, cu_seqlens_q, q, name, "max_seqlen_q")
         max_seqlen_k = _max_seqlen(max_seqlen_k, cu_seqlens_k, k, name, "max_seqlen_k")
         if needs_grad and bias is not None and bias.requires_grad:

@@ -63,15 +63,26 @@ def test_threads_change_no_bit(isa: str) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+# (heads, head_dim, keys): V key by key, except where noted.
+WAYS = {
+    "in a cache": (8, 128, 300),
+    "other dims": (8, 72, 300),
+    "items of 4, 2 and 1 heads": (7, 64, 300),  # the last two head by head
+    "from memory": (16, 64, 2101),  # 16 bits head by head
+    "wide, from memory": (16, 128, 2101),
+}
+
+
 @pytest.mark.parametrize("page_size", (None, 5, 16))
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-def test_a_cache_that_comes_from_memory_has_the_same_bits(
-    dtype: torch.dtype, page_size: int | None, isa: str
+def test_the_order_in_which_a_cache_is_read_changes_no_bit(
+    dtype: torch.dtype, way: str, page_size: int | None, isa: str
 ) -> None:
-    """It is walked key by key, K and V in turns, unless its heads lie apart."""
-    n = 2101 if dtype == torch.float32 else 4205
-    q, k, v = (seeded(1, rows, 8, 64, dtype=dtype) for rows in (1, n, n))
-    assert 2 * k.nbytes > 4 * 2**20
+    """Key by key, as memory holds it, or, where its heads lie apart, head by head."""
+    heads, dim, n = WAYS[way]
+    q, k, v = (seeded(1, rows, heads, dim, dtype=dtype) for rows in (1, n, n))
+    assert (2 * k.nbytes > 4 * 2**20) == ("memory" in way)
     apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]
     together, options = [k, v], {}
     if page_size:
@@ -79,6 +90,20 @@ def test_a_cache_that_comes_from_memory_has_the_same_bits(
         together, options = [cache.k, cache.v], cache.options
     result = decode(q, *together, (n,), **options)
     assert torch.equal(result, decode(q, *apart, (n,)))
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "page16"))
+@pytest.mark.parametrize("storage", ("same", "int8", "fp8"))
+def test_a_plain_step_takes_the_short_operator_to_the_same_bits(
+    layout: str, storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    k, v = ([seeded(n, 2, 64, dtype=torch.bfloat16) for n in (70, 9)] for _ in range(2))
+    q = seeded(2, 1, 8, 64, dtype=torch.bfloat16)
+    cache = kv_caches.make_cache(layout, storage, k, v, 70)
+    calls = {"k": cache.k, "v": cache.v, "lengths": (70, 9), "causal": True, **cache.options}
+    long = decode(q, **calls, backend="cpu")
+    monkeypatch.setattr(fal._ops, "forward", None)
+    assert torch.equal(decode(q, **calls), long)
 
 
 @pytest.mark.parametrize("page_size", (1, 5, 16, 64, 256))

@@ -63,24 +63,30 @@ struct PlainOptions {
   }
 };
 
-Arguments plain_arguments(const uint64_t* stack, uint64_t inputs) {
+// `caches`: what a step over a KV cache has beside a dense call follows.
+Arguments plain_arguments(const uint64_t* stack, uint64_t inputs, bool caches) {
   Tensor q, k, v;
   PlainOptions plain;
   StackReader reader(stack, inputs);
   reader >> q >> k >> v;
   plain.read(reader);
   for (Tensor* t : {&q, &k, &v}) t->set_heads_first(plain.heads_first);
-  return Arguments(kForward, std::move(q), std::move(k), std::move(v), plain.options());
+  Options options = plain.options();
+  if (caches) {
+    reader >> options.seqused_k >> options.block_table >> options.k_scale >> options.v_scale;
+  }
+  return Arguments(kForward, std::move(q), std::move(k), std::move(v), std::move(options));
 }
 
 // What a call without gradients needs.
 void forward_plain(uint64_t* stack, uint64_t inputs, uint64_t) {
-  put_results(stack, forward_with(plain_arguments(stack, inputs), "auto", /*want_lse=*/false).out);
+  Arguments arguments = plain_arguments(stack, inputs, /*caches=*/true);
+  put_results(stack, forward_with(std::move(arguments), "auto", /*want_lse=*/false).out);
 }
 
 // What backward_plain needs; refuses what it will refuse.
 void forward_plain_training(uint64_t* stack, uint64_t inputs, uint64_t) {
-  Arguments arguments = plain_arguments(stack, inputs);
+  Arguments arguments = plain_arguments(stack, inputs, /*caches=*/false);
   BackwardProblem later{};
   later.forward = arguments.problem();
   choose_backward(kForward, "auto", arguments.q(), later);
@@ -186,7 +192,9 @@ const bool registered = [] {
   definitions
       .schema("forward(Tensor q, Tensor k, Tensor v, " + options +
               ", str backend, int num_splits=0) -> (Tensor out, Tensor lse)")
-      .schema("forward_plain(Tensor q, Tensor k, Tensor v, " + plain + ") -> Tensor out")
+      .schema("forward_plain(Tensor q, Tensor k, Tensor v, " + plain +
+              ", Tensor? seqused_k=None, Tensor? block_table=None, Tensor? k_scale=None, "
+              "Tensor? v_scale=None) -> Tensor out")
       .schema("forward_plain_training(Tensor q, Tensor k, Tensor v, " + plain +
               ") -> (Tensor out, Tensor lse)")
       .schema(
