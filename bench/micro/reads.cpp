@@ -4,6 +4,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+#include <numeric>
+#include <random>
+#include <vector>
+
 #include "clock.h"
 
 namespace fal::cpu::micro {
@@ -67,14 +71,23 @@ FAL_NOINLINE void read_by_head(const char* memory, int keys_ahead) {
   keep_sum(sums);
 }
 
-// K and V, the two halves of the memory, `chunk` bytes of each in turns, by loads of a Part.
+// K and V, the two halves of the memory, a piece of each in turns, in the order that is given, by
+// loads of a Part. Where kPagesAhead, the next piece's memory pages are asked for: a line of each.
 using HalfLine = float __attribute__((vector_size(32)));
-template <class Part>
-FAL_NOINLINE void read_in_turns(const char* memory, int64_t chunk) {
+template <class Part, bool kPagesAhead>
+FAL_NOINLINE void read_in_turns(const char* memory, const std::vector<int64_t>& pieces) {
+  const int64_t bytes = kMemory / 2 / static_cast<int64_t>(pieces.size());
   Part sums[4] = {};
-  for (int64_t at = 0; at < kMemory / 2; at += chunk) {
-    for (const char* from : {memory + at, memory + kMemory / 2 + at}) {
-      for (int64_t i = 0; i < chunk; i += sizeof sums) {
+  for (size_t piece = 0; piece < pieces.size(); ++piece) {
+    const int64_t next = pieces[std::min(piece + 1, pieces.size() - 1)];
+    for (const char* half : {memory, memory + kMemory / 2}) {
+      if constexpr (kPagesAhead) {
+        for (int64_t at = 0; at < bytes; at += 4096) {
+          __builtin_prefetch(half + next * bytes + at, 0, 2);
+        }
+      }
+      const char* from = half + pieces[piece] * bytes;
+      for (int64_t i = 0; i < bytes; i += sizeof sums) {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
           Part x;
@@ -123,11 +136,20 @@ void measure_all() {
   measure_orders<512>(memory);
   measure_orders<256>(memory);
   measure_orders<128>(memory);
-  printf("\n%-34s %9s %9s\n", "K and V in turns, GB/s; bytes each", "32 a load", "a vector");
-  for (const int64_t chunk : {int64_t{512}, int64_t{4096}, int64_t{65536}, kMemory / 2}) {
-    printf("%-34ld %9.1f %9.1f\n", static_cast<long>(chunk),
-           rate(kMemory, [=] { read_in_turns<HalfLine>(memory, chunk); }),
-           rate(kMemory, [=] { read_in_turns<Float>(memory, chunk); }));
+  printf("\n%-34s %9s %9s %9s %9s\n", "K and V in turns, GB/s; KiB each", "a vector", "32 a load",
+         "ahead", "random");
+  std::mt19937 random(1);
+  for (const int64_t bytes : {int64_t{4} << 10, int64_t{16} << 10, int64_t{32} << 10,
+                              int64_t{64} << 10, int64_t{256} << 10}) {
+    std::vector<int64_t> pieces(kMemory / 2 / bytes);
+    std::iota(pieces.begin(), pieces.end(), 0);
+    const double vectors = rate(kMemory, [&] { read_in_turns<Float, false>(memory, pieces); });
+    const double halves = rate(kMemory, [&] { read_in_turns<HalfLine, false>(memory, pieces); });
+    const double ahead = rate(kMemory, [&] { read_in_turns<HalfLine, true>(memory, pieces); });
+    std::shuffle(pieces.begin(), pieces.end(), random);
+    const double shuffled = rate(kMemory, [&] { read_in_turns<HalfLine, true>(memory, pieces); });
+    printf("%-34ld %9.1f %9.1f %9.1f %9.1f\n", static_cast<long>(bytes >> 10), vectors, halves,
+           ahead, shuffled);
   }
   free(memory);
 }
