@@ -6,7 +6,8 @@
 // columns = heads * M of them, a power of two. Scores are [key][column]. S = K Q^T keeps kLanes
 // sums at once (kLanes / M rows of K x M query rows), so that each element of K is loaded and
 // converted once for M rows, and turns them into one vector of scores by kLanes - 1
-// exchange-and-adds. O += P V keeps M rows x a few vectors of O in registers over the whole tile.
+// exchange-and-adds. O += P V keeps M rows x a few vectors of O in registers over the whole tile, a
+// head at a time, or, for one row, goes through L1 key by key, as memory holds V.
 //
 // Every column is computed by itself, in an order that depends on nothing but its keys: how heads
 // are gathered into passes changes no bit.
