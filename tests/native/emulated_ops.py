@@ -1,6 +1,7 @@
 """The library's operators with CUDA kernels behind them, on the emulator, for CPU tensors: put in
-the place of ``_ops.forward``, ``_ops.rotate`` and ``_ops.append_kv``, they run the public functions
-as they run on a GPU, but for the checks that the C++ operators make first."""
+the place of ``_ops.forward``, ``_ops.forward_plain``, ``_ops.rotate`` and ``_ops.append_kv``, they
+run the public functions as they run on a GPU, but for the checks that the C++ operators make
+first."""
 
 import functools
 from types import ModuleType
@@ -19,6 +20,8 @@ ALGORITHMS = ("decode", "flash2", "flash1")  # in the order of preference (csrc/
 def install(monkeypatch: pytest.MonkeyPatch, **fixed: Any) -> None:
     """For one test. `fixed`: keywords of every ``cuda_problem.forward``, such as its seed."""
     monkeypatch.setattr(_ops, "forward", functools.partial(forward, fixed))
+    monkeypatch.setattr(_ops, "forward_plain", functools.partial(forward_plain, fixed))
+    monkeypatch.setattr(_ops, "forward_plain_untraced", None)  # never the CPU's by mistake
     monkeypatch.setattr(_ops, "rotate", rotate)
     monkeypatch.setattr(_ops, "append_kv", append_kv)
 
@@ -35,6 +38,26 @@ def forward(fixed: dict[str, Any], *arguments: Any) -> tuple[Tensor, Tensor]:
     result = cuda_problem.forward(algorithm, q, k, v, **fixed, **options)
     assert not result.reports, "\n".join(" ".join(report) for report in result.reports)
     return result.out, result.lse
+
+
+def forward_plain(
+    fixed: dict[str, Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads_first: bool = False,
+    window_right: int = -1,
+    softmax_scale: float | None = None,
+    window_left: int = -1,
+    *caches: Tensor | None,
+) -> Tensor:
+    assert not heads_first, "the emulated kernels take (batch, seqlen, heads, head_dim)"
+    names = ("seqused_k", "block_table", "k_scale", "v_scale")
+    given: dict[str, Any] = dict.fromkeys(_ops.FORWARD_ARGUMENTS)
+    given |= {"q": q, "k": k, "v": v, "softmax_scale": softmax_scale, "backend": "auto"}
+    given |= {"window_left": window_left, "window_right": window_right}
+    given |= dict(zip(names, caches, strict=False))
+    return forward(fixed, *given.values())[0]
 
 
 @functools.cache
