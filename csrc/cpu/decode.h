@@ -123,8 +123,8 @@ FAL_INLINE bool streams(const DecodeItem& item) {
 
 // S = K Q^T of a tile. Where V is to be read a head at a time, it is prefetched meanwhile.
 template <class E, int M>
-static FAL_NOINLINE void decode_keys(const DecodeItem& item, const DecodeScratch& s,
-                                     const DecodeTile<E>& tile) {
+static FAL_NOINLINE void decode_tile_scores(const DecodeItem& item, const DecodeScratch& s,
+                                            const DecodeTile<E>& tile) {
   using Product = DecodeProduct<E>;
   const DecodePlan& plan = item.plan;
   const int dims = plan.problem.shape.head_dim, dims_v = plan.problem.shape.head_dim_v;
@@ -134,21 +134,21 @@ static FAL_NOINLINE void decode_keys(const DecodeItem& item, const DecodeScratch
   const bool prefetch = plan.from_memory && !streams<E, M>(item);
   // Of 16-bit rows from memory without loops, prefetches come faster than they are taken.
   const int known = dims != dims_v || (sizeof(E) == 2 && prefetch) ? 0 : dims;
-  auto* const multiply = known == 128  ? &decode_scores<E, M, 128>
-                         : known == 64 ? &decode_scores<E, M, 64>
-                                       : &decode_scores<E, M, 0>;
   for (int pass = 0; pass < item.passes; ++pass) {
     const auto* q = reinterpret_cast<const typename Product::Query*>(s.q) +
                     static_cast<int64_t>(pass) * columns * q_ld;
-    multiply(tile.keys, item.heads, q, q_ld, dims, dims_v, prefetch && pass == 0, scale,
-             s.scores + pass * kDecodeKeys * columns);
+    with_known_dims(known, [&](auto d) {
+      decode_scores<E, M, decltype(d)::value>(tile.keys, item.heads, q, q_ld, dims, dims_v,
+                                              prefetch && pass == 0, scale,
+                                              s.scores + pass * kDecodeKeys * columns);
+    });
   }
 }
 
 // O += P V of a tile.
 template <class E, int M>
-static FAL_NOINLINE void decode_values(const DecodeItem& item, const DecodeScratch& s,
-                                       const DecodeState& state, const DecodeTile<E>& tile) {
+static FAL_NOINLINE void decode_tile_values(const DecodeItem& item, const DecodeScratch& s,
+                                            const DecodeState& state, const DecodeTile<E>& tile) {
   const DecodePlan& plan = item.plan;
   const int dims = plan.problem.shape.head_dim_v, ld = plan.out_ld, columns = item.columns();
   for (int pass = 0; pass < item.passes; ++pass) {
@@ -160,12 +160,10 @@ static FAL_NOINLINE void decode_values(const DecodeItem& item, const DecodeScrat
       decode_values_exactly<E, M>(tile.keys, item.heads, s.visible + lanes, p, dims, out, ld);
     } else if (!streams<E, M>(item)) {
       decode_values<E, M>(tile.keys, item.heads, p, dims, out, ld);
-    } else if (dims == 128) {
-      decode_values_in_order<E, 128>(tile.keys, item.heads, p, dims, out, ld);
-    } else if (dims == 64) {
-      decode_values_in_order<E, 64>(tile.keys, item.heads, p, dims, out, ld);
     } else {
-      decode_values_in_order<E, 0>(tile.keys, item.heads, p, dims, out, ld);
+      with_known_dims(dims, [&](auto d) {
+        decode_values_in_order<E, decltype(d)::value>(tile.keys, item.heads, p, dims, out, ld);
+      });
     }
   }
 }
@@ -209,12 +207,12 @@ static FAL_NOINLINE void decode_part(const DecodeItem& item, const DecodeScratch
     if (plan.from_memory && begin < keys.end) {
       prefetch_pages_of_tile<E>(runs, item.heads, begin, shape.head_dim, shape.head_dim_v);
     }
-    decode_keys<E, M>(item, s, tile);
+    decode_tile_scores<E, M>(item, s, tile);
     decode_probabilities<E, M>(item, s, state, tile);
     if (plan.from_memory && !streams<E, M>(item) && begin < keys.end) {
       prefetch_first_rows<E>(runs, item.heads, begin, shape.head_dim);
     }
-    decode_values<E, M>(item, s, state, tile);
+    decode_tile_values<E, M>(item, s, state, tile);
   }
 }
 
@@ -377,7 +375,8 @@ FAL_INLINE int heads_of_item(const ForwardProblem& p, int64_t parts, int threads
 }
 
 // Is a tile's K so short, or a key's row cut, that the processor's prefetchers start too often? Of
-// 16 bits the arithmetic takes less of the time, and the starts more.
+// 16 bits the arithmetic takes less of the time, and the starts more. A contiguous cache is judged
+// as one of pages, which should not be much slower: docs/kernels/decode.md, Limits.
 FAL_INLINE bool in_pieces(const ForwardProblem& p, int most_heads, int64_t element_bytes) {
   const int64_t enough = element_bytes > 2 ? 16 << 10 : 64 << 10;
   const int keys =

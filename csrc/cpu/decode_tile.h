@@ -158,10 +158,22 @@ FAL_INLINE void decode_dots(const E* k, const typename DecodeProduct<E>::Query* 
   }
 }
 
+// run(std::integral_constant<int, d>) with a head dim whose loops are written out, or 0: a row's
+// loops are so short that counting them takes as long as what they do.
+template <class Run>
+FAL_INLINE void with_known_dims(int dims, const Run& run) {
+  if (dims == 128) {
+    run(std::integral_constant<int, 128>{});
+  } else if (dims == 64) {
+    run(std::integral_constant<int, 64>{});
+  } else {
+    run(std::integral_constant<int, 0>{});
+  }
+}
+
 // scores[key][columns] = scale * rows of K times the query rows at q, `ld` apart: whole vectors of
 // scores up to the tile's last key. If wanted, its rows of V are on their way when this returns,
-// and rows of K ahead. kDims: all dims, where they are known: a row's loops are so short that
-// counting them takes as long as what they do.
+// and rows of K ahead. kDims: all dims, of K and V, where they are known.
 template <class E, int M, int kDims>
 static FAL_NOINLINE void decode_scores(const DecodeKeys<E>& keys, const DecodeHeads& heads,
                                        const typename DecodeProduct<E>::Query* q, int ld, int dims,
